@@ -1,0 +1,1 @@
+"""The device side: listens, gates on voice, recognises, publishes."""

@@ -1,0 +1,134 @@
+"""Configuration: one TOML file, frozen, typed, nested by stage. `firmware_config/agent.toml` documents each key."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from whisperlet.errors import ConfigError
+
+Positive = msgspec.Meta(gt=0)
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file."""
+
+
+class SourceConfig(Section):
+    """Where audio comes from."""
+
+    device: str | int | None = None  # microphone, by index or a part of its name; None: the system's default
+    chunk_ms: Annotated[int, msgspec.Meta(ge=10, le=200)] = 20
+    ring_s: Annotated[float, msgspec.Meta(ge=0.5, le=30)] = 2.0  # audio held while the gate is busy
+    retry_s: Annotated[float, msgspec.Meta(ge=0.1, le=60)] = 1.0  # first wait before a lost microphone is reopened
+    retry_max_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 10.0
+
+
+class VadConfig(Section):
+    """When someone is held to be speaking."""
+
+    aggressiveness: Annotated[int, msgspec.Meta(ge=0, le=3)] = 2  # of webrtcvad; 3 lets the least noise through
+    start_ms: Annotated[int, msgspec.Meta(ge=20, le=1000)] = 120  # voiced time that opens the gate
+    pre_roll_ms: Annotated[int, msgspec.Meta(ge=0, le=2000)] = 300  # audio kept from before the gate opened
+    hang_over_ms: Annotated[int, msgspec.Meta(ge=100, le=5000)] = 500  # unvoiced time that closes the gate
+    max_segment_s: Annotated[float, msgspec.Meta(ge=5, le=28)] = 28.0  # a final is forced here at the latest
+    cut_window_s: Annotated[float, msgspec.Meta(gt=0, le=5)] = 3.0  # ... at the quietest point of this last stretch
+
+
+class RecogniserConfig(Section):
+    """How speech becomes text."""
+
+    bundle: str | None = None  # path of the .tflite
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    weight_cache_dir: str | None = None  # None: $XDG_CACHE_HOME/whisperlet
+    language: str = "en"  # as Whisper spells it, or "auto"
+    partials: bool = True
+    hop_ms: Annotated[int, msgspec.Meta(ge=100, le=5000)] = 300  # between two partials
+    silence_frames: Annotated[int, msgspec.Meta(ge=0, le=1000)] | None = None  # None: as measured for the language
+    no_speech_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6
+    logprob_threshold: Annotated[float, msgspec.Meta(le=0)] = -1.0
+    reply_timeout_s: Annotated[float, msgspec.Meta(ge=1, le=600)] = 20.0  # then the engine is restarted
+    max_backlog_s: Annotated[float, msgspec.Meta(ge=30, le=3600)] = 120.0  # speech kept for an engine that is behind
+
+
+class MqttConfig(Section):
+    """The broker and how hard to try to reach it."""
+
+    url: str = "mqtt://127.0.0.1:1883"  # mqtts:// for TLS
+    device: str | None = None  # <device> in the topics; None: the host's name
+    version: Literal["5", "3.1.1"] = "5"
+    username: str | None = None
+    password_file: str | None = None
+    keepalive_s: Annotated[int, msgspec.Meta(ge=5, le=3600)] = 30
+    will_delay_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 30  # MQTT 5 only
+    reconnect_min_s: Annotated[float, msgspec.Meta(ge=0.1, le=60)] = 1.0
+    reconnect_max_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 60.0
+    queue_messages: Annotated[int, msgspec.Meta(ge=10, le=1_000_000)] = 10_000  # kept while the broker is away
+
+
+class TelemetryConfig(Section):
+    """What is measured of the agent itself."""
+
+    interval_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 30.0
+
+
+class Config(Section):
+    """The whole file."""
+
+    source: SourceConfig = SourceConfig()
+    vad: VadConfig = VadConfig()
+    recogniser: RecogniserConfig = RecogniserConfig()
+    mqtt: MqttConfig = MqttConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+
+def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
+    """Configuration from a file, with overrides like `{"mqtt.url": ...}`; None among the values is skipped.
+
+    Raises ConfigError naming the file, the key and the reason.
+    """
+    tables = _read(path) if path else {}
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            section, name = key.split(".")
+            tables.setdefault(section, {})[name] = value
+    origin = str(path) if path else "the command line"
+    try:
+        config = msgspec.convert(tables, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {_key_and_reason(str(error))}") from None
+    return _checked(config, origin)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from None
+
+
+def _key_and_reason(message: str) -> str:
+    """`msgspec`'s "reason - at `$.a.b`" with the key in front."""
+    reason, _, where = message.partition(" - at `$")
+    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", reason)
+    key = (where.strip("`.") + ("." + unknown[1] if unknown else "")).strip(".") or "the file"
+    return f"{key}: {'unknown key' if unknown else reason}"
+
+
+def _checked(config: Config, origin: str) -> Config:
+    """What types cannot say."""
+    url = urlsplit(config.mqtt.url)
+    if url.scheme not in ("mqtt", "mqtts") or not url.hostname:
+        raise ConfigError(f"{origin}: mqtt.url: {config.mqtt.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
+    if config.mqtt.device is not None and not re.fullmatch(r"[^/+#\0]+", config.mqtt.device):
+        raise ConfigError(f"{origin}: mqtt.device: {config.mqtt.device!r} is empty or contains one of / + #")
+    if config.vad.cut_window_s >= config.vad.max_segment_s:
+        raise ConfigError(f"{origin}: vad.cut_window_s: must be less than vad.max_segment_s")
+    return config
