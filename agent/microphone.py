@@ -1,0 +1,247 @@
+"""The microphone, through PortAudio: a callback that only hands over to the ring, and patience with cables."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from whisperlet.audio import PCM16_SCALE, SAMPLE_RATE, Float32, seconds
+from whisperlet.errors import AudioDeviceLost, AudioError
+
+from .config import SourceConfig
+from .messages import AudioChunk
+from .resampling import Resampler
+from .ring import Block, Ring, SourceCounters
+
+DEAD_S = 2.0  # a stream that is silent for this long has died, even if PortAudio has not noticed
+NO_PYAUDIO = (
+    "microphone: PyAudio is not installed: pip install 'whisperlet[mic]', "
+    "which needs PortAudio's headers first: apt install portaudio19-dev"
+)
+
+
+class Microphone:
+    """One open input device. Raises AudioDeviceLost where trying again may help, AudioError where it cannot."""
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        counters: SourceCounters | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.counters = counters or SourceCounters()
+        self._clock = clock
+        self._closing = threading.Lock()
+        self._stream: Any = None
+        pyaudio = _import_pyaudio()
+        # PortAudio lists the devices once, when it starts: a microphone plugged in since then needs a fresh start
+        self._portaudio = pyaudio.PyAudio()
+        try:
+            self._open(find_device(self._portaudio, config.device), config, pyaudio)
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[AudioChunk]:
+        """Chunks from the opening of the device until `close`; raises AudioDeviceLost when no more come."""
+        resampler, next_frame, start = Resampler(self._rate), 0, 0
+        for block in self._blocks():
+            if block.first_frame != next_frame:  # dropped at the ring: time went on
+                resampler = Resampler(self._rate)
+                start = round(block.first_frame * SAMPLE_RATE / self._rate)
+            next_frame = block.first_frame + block.n_frames
+            pcm = resampler(_deinterleaved(block, self._n_channels))
+            lag_s = next_frame / self._rate - seconds(start + len(pcm))  # what the resampler still holds
+            if len(pcm):
+                yield AudioChunk(pcm, start, block.arrived_s - lag_s)
+            start += len(pcm)
+
+    def close(self) -> None:
+        """Release the device; a reader in another thread comes to its end. May be called again."""
+        with self._closing:
+            if self._stream is not None:
+                self._ring.close()
+                self._stream.close()
+                self._stream = None
+            if self._portaudio is not None:
+                self._portaudio.terminate()
+                self._portaudio = None
+
+    def _open(self, device: dict[str, Any], config: SourceConfig, pyaudio: Any) -> None:
+        self._name = device["name"]
+        refusal: OSError | None = None
+        for self._rate, self._n_channels in _formats(device):
+            self._ring = Ring(round(config.ring_s * self._rate))
+            try:
+                self._stream = self._portaudio.open(
+                    rate=self._rate,
+                    channels=self._n_channels,
+                    format=pyaudio.paInt16,
+                    input=True,
+                    input_device_index=device["index"],
+                    frames_per_buffer=self._rate * config.chunk_ms // 1000,
+                    stream_callback=self._callback(pyaudio),
+                )
+            except OSError as error:
+                refusal = error
+            else:
+                return
+        raise AudioDeviceLost(f"microphone {self._name!r}: cannot be opened: {refusal and refusal.args[-1]}")
+
+    def _callback(self, pyaudio: Any) -> Callable[[bytes, int, Any, int], tuple[None, int]]:
+        ring, counters, clock, rate = self._ring, self.counters, self._clock, self._rate
+
+        def callback(data: bytes, n_frames: int, _times: Any, status: int) -> tuple[None, int]:
+            counters.dropped_samples += ring.put(data, n_frames, clock()) * SAMPLE_RATE // rate
+            counters.overflows += bool(status & pyaudio.paInputOverflow)
+            return None, pyaudio.paContinue
+
+        return callback
+
+    def _blocks(self) -> Iterator[Block]:
+        try:
+            while (block := self._ring.get(DEAD_S)) is not None:
+                yield block
+        except TimeoutError:
+            raise AudioDeviceLost(f"microphone {self._name!r}: no audio for {DEAD_S:g} s") from None
+
+
+class _Device(Protocol):
+    def __iter__(self) -> Iterator[AudioChunk]: ...
+
+    def close(self) -> None: ...
+
+
+class ReopeningMicrophone:
+    """A microphone that may be unplugged: reopened with growing patience, and `start` jumps by the time lost.
+
+    `on_event` hears "microphone_lost" and "microphone_back", once for each loss, in the reader's thread.
+    With `must_exist` the first opening happens here, so that its AudioError goes to the caller.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        on_event: Callable[[str, str], None],
+        *,
+        must_exist: bool = True,
+        open_microphone: Callable[[SourceConfig, SourceCounters], _Device] = Microphone,
+    ) -> None:
+        self.counters = SourceCounters()
+        self._config = config
+        self._on_event = on_event
+        self._open_microphone = open_microphone
+        self._closing = threading.Event()
+        self._swapping = threading.Lock()
+        self._device: _Device | None = None
+        self._end = 0  # index after the last sample
+        self._end_s: float | None = None  # monotonic, when that one was captured
+        if must_exist:
+            self._opened()
+
+    def __iter__(self) -> Iterator[AudioChunk]:
+        """Chunks until `close`, from one device after the other."""
+        retry_s = self._config.retry_s
+        is_lost = False
+        while not self._closing.is_set():
+            try:
+                for chunk in self._chunks():
+                    if is_lost:
+                        self._on_event("microphone_back", f"at {seconds(chunk.start):.1f} s")
+                    is_lost, retry_s = False, self._config.retry_s
+                    yield chunk
+            except AudioDeviceLost as error:
+                if not is_lost:
+                    self._on_event("microphone_lost", str(error))
+                is_lost = True
+                self._release()
+                self._closing.wait(retry_s)
+                retry_s = min(2 * retry_s, self._config.retry_max_s)
+
+    def close(self) -> None:
+        """Stop for good; a reader in another thread comes to its end. May be called again."""
+        self._closing.set()
+        self._release()
+
+    def _chunks(self) -> Iterator[AudioChunk]:
+        """Chunks of one device, placed where they belong on the time line of all of them."""
+        offset: int | None = None
+        for chunk in self._device or self._opened():
+            if offset is None:
+                offset = self._end + self._lost_before(chunk) - chunk.start
+            placed = AudioChunk(chunk.samples, chunk.start + offset, chunk.arrived_monotonic_s)
+            self._end, self._end_s = placed.end, placed.arrived_monotonic_s
+            yield placed
+
+    def _lost_before(self, chunk: AudioChunk) -> int:
+        """Count the samples that nobody heard between the last chunk of the old device and this one."""
+        if self._end_s is None:
+            return 0
+        return max(0, round((chunk.arrived_monotonic_s - self._end_s) * SAMPLE_RATE) - len(chunk.samples))
+
+    def _opened(self) -> _Device:
+        device = self._open_microphone(self._config, self.counters)
+        with self._swapping:
+            self._device = device
+        if self._closing.is_set():  # while it was being opened
+            device.close()
+        return device
+
+    def _release(self) -> None:
+        with self._swapping:
+            device, self._device = self._device, None
+        if device is not None:
+            device.close()
+
+
+def find_device(portaudio: Any, wanted: str | int | None) -> dict[str, Any]:
+    """PortAudio's description of the input device with this index or this part of its name.
+
+    Raises AudioDeviceLost, which names the devices there are.
+    """
+    devices = [portaudio.get_device_info_by_index(i) for i in range(portaudio.get_device_count())]
+    inputs: list[dict[str, Any]] = [device for device in devices if device["maxInputChannels"] > 0]
+    if not inputs:
+        raise AudioDeviceLost("microphone: this machine has no audio input device")
+    for device in inputs:
+        if _is_wanted(device, _default_index(portaudio) if wanted is None else wanted):
+            return device
+    names = ", ".join(f"{device['index']}: {device['name']}" for device in inputs)
+    raise AudioDeviceLost(f"microphone {wanted!r}: no such input device; there are {names}")
+
+
+def _is_wanted(device: dict[str, Any], wanted: str | int) -> bool:
+    if isinstance(wanted, str) and not wanted.isdecimal():
+        return wanted.casefold() in device["name"].casefold()
+    return bool(device["index"] == int(wanted))
+
+
+def _default_index(portaudio: Any) -> int:
+    try:
+        return int(portaudio.get_default_input_device_info()["index"])
+    except OSError:
+        raise AudioDeviceLost("microphone: no default input device; name one in source.device") from None
+
+
+def _formats(device: dict[str, Any]) -> list[tuple[int, int]]:
+    """Rates and channel counts to try, what needs no conversion first; many I2S microphones are stereo only."""
+    rates = dict.fromkeys([SAMPLE_RATE, int(device["defaultSampleRate"])])
+    return [(rate, n) for n in (1, 2) if n <= device["maxInputChannels"] for rate in rates]
+
+
+def _deinterleaved(block: Block, n_channels: int) -> Float32:
+    """Shape = (n_frames, n_channels), in [-1, 1)."""
+    pcm = np.frombuffer(block.data, np.int16).reshape(-1, n_channels)
+    return pcm.astype(np.float32) / np.float32(PCM16_SCALE)
+
+
+def _import_pyaudio() -> Any:
+    try:
+        import pyaudio  # noqa: PLC0415 - an extra: files and pipes work without it
+    except ImportError:
+        raise AudioError(NO_PYAUDIO) from None
+    return pyaudio
