@@ -19,7 +19,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A table of the file."""
 
 
-class SourceConfig(Section):
+class SourceConfig(Section, frozen=True):
     """Where audio comes from."""
 
     device: str | int | None = None  # microphone, by index or a part of its name; None: the system's default
@@ -29,7 +29,7 @@ class SourceConfig(Section):
     retry_max_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 10.0
 
 
-class VadConfig(Section):
+class VadConfig(Section, frozen=True):
     """When someone is held to be speaking."""
 
     aggressiveness: Annotated[int, msgspec.Meta(ge=0, le=3)] = 2  # of webrtcvad; 3 lets the least noise through
@@ -40,7 +40,7 @@ class VadConfig(Section):
     cut_window_s: Annotated[float, msgspec.Meta(gt=0, le=5)] = 3.0  # ... at the quietest point of this last stretch
 
 
-class RecogniserConfig(Section):
+class RecogniserConfig(Section, frozen=True):
     """How speech becomes text."""
 
     bundle: str | None = None  # path of the .tflite
@@ -56,7 +56,7 @@ class RecogniserConfig(Section):
     max_backlog_s: Annotated[float, msgspec.Meta(ge=30, le=3600)] = 120.0  # speech kept for an engine that is behind
 
 
-class MqttConfig(Section):
+class MqttConfig(Section, frozen=True):
     """The broker and how hard to try to reach it."""
 
     url: str = "mqtt://127.0.0.1:1883"  # mqtts:// for TLS
@@ -71,13 +71,13 @@ class MqttConfig(Section):
     queue_messages: Annotated[int, msgspec.Meta(ge=10, le=1_000_000)] = 10_000  # kept while the broker is away
 
 
-class TelemetryConfig(Section):
+class TelemetryConfig(Section, frozen=True):
     """What is measured of the agent itself."""
 
     interval_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 30.0
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """The whole file."""
 
     source: SourceConfig = SourceConfig()

@@ -1,0 +1,126 @@
+"""Greedy decoding as pure functions over logits, and the one loop that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from whisperlet.audio import Float32
+from whisperlet.bundle import Vocabulary
+
+MAX_PERIOD = 16  # tokens; a loop that is longer than this ends at the token limit
+MIN_REPEATED = 12  # tokens that a loop must fill ...
+MIN_REPEATS = 3  # ... and times that it must come round, before it counts as one
+
+
+class Decoder(Protocol):
+    """Appends tokens to a state that it holds; `position` may be set back."""
+
+    position: int
+
+    def decode(self, tokens: Sequence[int]) -> Float32:
+        """Logits after each token. shape = (n_tokens, n_vocab)"""
+
+
+class Hypothesis(msgspec.Struct, frozen=True):
+    """What the decoder heard."""
+
+    tokens: list[int]  # without prompt and end of text
+    avg_logprob: float  # natural logarithm, mean over the tokens and the end of text
+    no_speech_prob: float
+    looped: bool  # a repetition was cut
+
+
+def suppress(logits: Float32, vocabulary: Vocabulary, *, first: bool) -> Float32:
+    """Logits with what may not be said set to minus infinity, in place. shape = (n, n_vocab); `first`: of row 0."""
+    logits[:, vocabulary.suppress] = -np.inf
+    logits[:, vocabulary.eot + 1 :] = -np.inf
+    if first:
+        logits[0, vocabulary.suppress_begin] = -np.inf
+    return logits
+
+
+def log_softmax_at(logits: Float32, tokens: Sequence[int]) -> list[float]:
+    """Log-probability of one token a row. logits shape = (n, n_vocab)"""
+    top = logits.max(-1)
+    total = np.log(np.exp(logits - top[:, None]).sum(-1))
+    chosen = logits[np.arange(len(tokens)), tokens]
+    return [float(value) for value in chosen - top - total]
+
+
+def probability_at(logits: Float32, token: int) -> float:
+    """Probability of a token after one row of shape (n_vocab,)."""
+    return float(np.exp(log_softmax_at(logits[None], [token])[0]))
+
+
+def best_language(logits: Float32, vocabulary: Vocabulary) -> tuple[str, float]:
+    """Most likely language after the start token, and its share among languages. logits shape = (n_vocab,)"""
+    codes, ids = zip(*vocabulary.languages.items(), strict=True)
+    scores = logits[list(ids)]
+    weights = np.exp(scores - scores.max())
+    best = int(weights.argmax())
+    return codes[best], float(weights[best] / weights.sum())
+
+
+def loop_start(tokens: Sequence[int]) -> int | None:
+    """Where the second round of a loop at the end of `tokens` begins, or None if there is no loop."""
+    for period in range(1, min(MAX_PERIOD, len(tokens) // MIN_REPEATS) + 1):
+        n_same = 0
+        while n_same < len(tokens) - period and tokens[-1 - n_same] == tokens[-1 - n_same - period]:
+            n_same += 1
+        if n_same >= max(MIN_REPEATED, (MIN_REPEATS - 1) * period):
+            return len(tokens) - n_same
+    return None
+
+
+def agreed(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def greedy(
+    decoder: Decoder, vocabulary: Vocabulary, prompt: Sequence[int], draft: Sequence[int], *, limit: int, block: int
+) -> Hypothesis:
+    """Greedy transcript, token for token what going one by one gives, with a draft verified on the way.
+
+    Each pass takes the tokens that are known but not yet in the state, then up to `block` in all of the draft. What
+    the model would have said itself is kept, up to the first difference; the rest of the draft is dropped there.
+    """
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    no_speech_prob = 0.0
+    known, draft = list(prompt), list(draft)
+    while True:
+        proposal = draft[: max(0, block - len(known))]
+        logits = decoder.decode(known + proposal)
+        if not tokens:
+            no_speech_prob = probability_at(logits[0], vocabulary.no_speech)
+        rows = suppress(logits[len(known) - 1 :], vocabulary, first=not tokens)
+        picks = [int(token) for token in rows.argmax(-1)]
+        n = agreed(picks, proposal)
+        decoder.position -= len(proposal) - n
+        said, rest = picks[: n + 1], draft[n:]
+        logprobs += log_softmax_at(rows[: n + 1], said)
+        known, draft = [said[-1]], rest[1:] if rest and rest[0] == said[-1] else []
+        for token in said:
+            tokens.append(token)
+            kept, looped = _kept(tokens, vocabulary.eot, limit)
+            if kept is not None:
+                counted = logprobs[: kept + 1]
+                return Hypothesis(tokens[:kept], sum(counted) / len(counted), no_speech_prob, looped)
+
+
+def _kept(tokens: Sequence[int], eot: int, limit: int) -> tuple[int | None, bool]:
+    """How many tokens the transcript has, None if it goes on, and whether a loop was cut."""
+    if tokens[-1] == eot:
+        return len(tokens) - 1, False
+    start = loop_start(tokens)
+    if start is not None:
+        return start, True
+    return (len(tokens), False) if len(tokens) >= limit else (None, False)

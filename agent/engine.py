@@ -1,0 +1,256 @@
+"""Runs the graphs of a bundle. Weights live here, state in `DecoderState`, policy in `decoding.py`.
+
+Two runtimes behind one interface: LiteRT's `CompiledModel`, whose buffers are made once and passed from signature to
+signature without a copy, and TensorFlow Lite's `Interpreter` for platforms where the first has no wheel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from whisperlet.audio import Float32
+from whisperlet.bundle import Bundle, Manifest, kv_names
+from whisperlet.errors import BundleError
+
+MASKED = np.float32(-1e9)  # added to a score, leaves no weight after softmax
+
+
+class DecoderState:
+    """Everything that is carried from one decoder pass to the next.
+
+    `cross` holds keys and values of the encoded audio by cross length, `self_kv` those of the tokens so far: two sets,
+    read and written in turn. What lies beyond `position` is masked, so going back is setting `position`.
+    """
+
+    def __init__(self, cross: dict[int, dict[str, Any]], self_kv: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        self.cross = cross
+        self.self_kv = self_kv
+        self.n_cross = 0  # cross length in use
+        self.position = 0  # tokens so far
+
+
+class Engine(Protocol):
+    """What the transcriber asks of a runtime."""
+
+    manifest: Manifest
+
+    def new_state(self) -> DecoderState:
+        """Room for one utterance at a time."""
+
+    def encode(self, state: DecoderState, mel: Float32) -> None:
+        """Put the keys and values of a window into `state`. mel shape = (1, 2n, n_mels), n one of encode_frames."""
+
+    def decode(self, state: DecoderState, tokens: Sequence[int]) -> Float32:
+        """Append tokens; logits after each. shape = (n_tokens, n_vocab)
+
+        Raises ValueError if there is no room for them.
+        """
+
+
+def pass_size(manifest: Manifest, n_tokens: int, room: int) -> int:
+    """Tokens in the signature for the next pass: the smallest that takes all, and no more than there is room for.
+
+    A pass writes that many rows of state, so the padded ones must fit as well.
+    """
+    fitting = [size for size in manifest.decode_tokens if size <= room]
+    if not fitting:
+        raise ValueError("the decoder's context is full")
+    return min((size for size in fitting if size >= n_tokens), default=max(fitting))
+
+
+def self_mask(n_tokens: int, position: int, n_text_ctx: int) -> Float32:
+    """Each token sees those before it and itself. shape = (n_tokens, n_text_ctx)"""
+    sees = np.arange(n_text_ctx)[None] <= position + np.arange(n_tokens)[:, None]
+    return np.where(sees, np.float32(0), MASKED)
+
+
+def cross_mask(n_frames: int, n_cross: int) -> Float32:
+    """Hides the padding after the encoded frames. shape = (1, n_cross)"""
+    return np.where(np.arange(n_cross)[None] < n_frames, np.float32(0), MASKED)
+
+
+class _Passes:
+    """`decode` in passes of the sizes that the bundle has."""
+
+    manifest: Manifest
+
+    def decode(self, state: DecoderState, tokens: Sequence[int]) -> Float32:
+        """See `Engine`."""
+        rows, dims = [], self.manifest.dims
+        while tokens:
+            size = pass_size(self.manifest, len(tokens), dims.n_text_ctx - state.position)
+            now, tokens = tokens[:size], tokens[size:]
+            padded = np.full((1, size), self.manifest.vocabulary.eot, np.int32)
+            padded[0, : len(now)] = now
+            rows.append(self._run_pass(state, padded)[: len(now)])
+            state.position += len(now)
+        return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> Float32:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """LiteRT announces each accelerator that it lacks on file descriptor 2, and has no switch for it."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as null:  # noqa: PTH123 - a descriptor is wanted
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+class LiteRtEngine(_Passes):
+    """On `ai_edge_litert.CompiledModel`."""
+
+    def __init__(self, bundle: Bundle, threads: int, cache_dir: Path) -> None:
+        from ai_edge_litert.compiled_model import CompiledModel
+        from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+        from ai_edge_litert.options import CpuOptions, Options
+
+        self.manifest = bundle.manifest
+        cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(weight_cache(bundle, cache_dir)))
+        options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
+        try:
+            with _quiet_stderr():
+                self._model = CompiledModel.from_file(str(bundle.path), options=options)
+        except RuntimeError as error:
+            raise BundleError(f"{bundle.path}: the runtime refuses it: {error}") from None
+        self._inputs: dict[str, dict[str, Any]] = {}
+        self._logits: dict[int, Any] = {}
+
+    def new_state(self) -> DecoderState:
+        """See `Engine`."""
+        names = kv_names("self", self.manifest.dims.n_text_layer)
+        signature = self._decode_name(self.manifest.decode_tokens[0], self.manifest.cross_frames[0])
+        first, second = (
+            {name: self._model.create_output_buffer_by_name(signature, name) for name in names} for _ in range(2)
+        )
+        return DecoderState({}, (first, second))
+
+    def encode(self, state: DecoderState, mel: Float32) -> None:
+        """See `Engine`."""
+        n_frames = mel.shape[1] // 2
+        n_cross = next(n for n in self.manifest.cross_frames if n >= n_frames)
+        name = f"encode_{n_frames}"
+        inputs = self._input_buffers(name, ["mel", "offset"])
+        inputs["mel"].write(mel)
+        inputs["offset"].write(np.zeros(1, np.float32))
+        self._model.run_by_name(name, inputs, self._cross_buffers(state, n_cross))
+        for size in self.manifest.decode_tokens:
+            mask = self._input_buffers(self._decode_name(size, n_cross), _DECODE_INPUTS)["cross_mask"]
+            mask.write(cross_mask(n_frames, n_cross))
+        state.n_cross, state.position = n_cross, 0
+
+    def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> Float32:
+        size, dims = tokens.shape[1], self.manifest.dims
+        name = self._decode_name(size, state.n_cross)
+        own = self._input_buffers(name, _DECODE_INPUTS)
+        own["tokens"].write(tokens)
+        own["position"].write(np.array([state.position], np.int32))
+        own["self_mask"].write(self_mask(size, state.position, dims.n_text_ctx))
+        read, write = state.self_kv
+        logits = self._logits.get(size)
+        if logits is None:
+            logits = self._logits[size] = self._model.create_output_buffer_by_name(name, "logits")
+        inputs = {**own, **read, **state.cross[state.n_cross]}
+        self._model.run_by_name(name, inputs, {"logits": logits, **write})
+        state.self_kv = (write, read)
+        rows: Float32 = logits.read(size * dims.n_vocab, np.float32).reshape(size, dims.n_vocab)
+        return rows
+
+    def _cross_buffers(self, state: DecoderState, n_cross: int) -> dict[str, Any]:
+        """Buffers of one cross length, made when first needed: those of 1500 frames take 37 MB."""
+        if n_cross not in state.cross:
+            signature = self._decode_name(self.manifest.decode_tokens[0], n_cross)
+            names = kv_names("cross", self.manifest.dims.n_text_layer)
+            state.cross[n_cross] = {n: self._model.create_input_buffer_by_name(signature, n) for n in names}
+        return state.cross[n_cross]
+
+    def _input_buffers(self, signature: str, names: Sequence[str]) -> dict[str, Any]:
+        if signature not in self._inputs:
+            make = self._model.create_input_buffer_by_name
+            self._inputs[signature] = {name: make(signature, name) for name in names}
+        return self._inputs[signature]
+
+    @staticmethod
+    def _decode_name(n_tokens: int, n_cross: int) -> str:
+        return f"decode_{n_tokens}_{n_cross}"
+
+
+_DECODE_INPUTS = ("tokens", "position", "self_mask", "cross_mask")
+
+
+class InterpreterEngine(_Passes):
+    """On a TensorFlow Lite `Interpreter`, whichever package has it. Copies state at every pass."""
+
+    def __init__(self, bundle: Bundle, threads: int, interpreter_class: Any) -> None:
+        self.manifest = bundle.manifest
+        try:
+            interpreter = interpreter_class(model_path=str(bundle.path), num_threads=threads)
+        except (RuntimeError, ValueError) as error:
+            raise BundleError(f"{bundle.path}: the runtime refuses it: {error}") from None
+        self._runners = {graph.name: interpreter.get_signature_runner(graph.name) for graph in self.manifest.graphs}
+
+    def new_state(self) -> DecoderState:
+        """See `Engine`."""
+        specs = next(graph for graph in self.manifest.graphs if graph.name.startswith("decode_")).inputs
+        empty = {s.name: np.zeros(s.shape, np.float32) for s in specs if s.name.startswith("self_k_")}
+        empty |= {s.name: np.zeros(s.shape, np.float32) for s in specs if s.name.startswith("self_v_")}
+        return DecoderState({}, (empty, empty))
+
+    def encode(self, state: DecoderState, mel: Float32) -> None:
+        """See `Engine`."""
+        n_frames = mel.shape[1] // 2
+        state.n_cross = next(n for n in self.manifest.cross_frames if n >= n_frames)
+        state.position = 0
+        run = self._runners[f"encode_{n_frames}"]
+        state.cross[state.n_cross] = run(mel=mel, offset=np.zeros(1, np.float32))
+        state.cross[state.n_cross]["cross_mask"] = cross_mask(n_frames, state.n_cross)
+
+    def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> Float32:
+        size = tokens.shape[1]
+        outputs = self._runners[f"decode_{size}_{state.n_cross}"](
+            tokens=tokens,
+            position=np.array([state.position], np.int32),
+            self_mask=self_mask(size, state.position, self.manifest.dims.n_text_ctx),
+            **state.self_kv[0],
+            **state.cross[state.n_cross],
+        )
+        logits: Float32 = outputs.pop("logits")[0]
+        state.self_kv = (outputs, outputs)
+        return logits
+
+
+def load_engine(bundle: Bundle, threads: int, cache_dir: Path) -> Engine:
+    """The best engine that this machine has a runtime for."""
+    try:
+        return LiteRtEngine(bundle, threads, cache_dir)
+    except ModuleNotFoundError:
+        pass
+    try:
+        from tflite_runtime.interpreter import Interpreter
+    except ModuleNotFoundError:
+        raise BundleError(
+            f"{bundle.path}: no runtime to run it on: install ai-edge-litert, or tflite-runtime where that has no wheel"
+        ) from None
+    return InterpreterEngine(bundle, threads, Interpreter)
+
+
+def weight_cache(bundle: Bundle, cache_dir: Path) -> Path:
+    """File for packed weights: mapped by every signature and at the next start. One a bundle and a runtime."""
+    from importlib.metadata import version
+
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    return cache_dir / f"{bundle.sha256[:16]}-{version('ai-edge-litert')}.xnnpack"

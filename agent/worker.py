@@ -1,0 +1,144 @@
+"""The engine's process: batches of speech in, transcripts out, one reply to each request.
+
+A process of its own because a run of the model holds Python's lock from start to end; in the ear's process it would
+stall the audio callback. It ends when the ear does: the connection closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from whisperlet.bundle import Bundle, open_bundle
+from whisperlet.errors import WhisperletError
+
+from . import transcriber
+from .config import RecogniserConfig
+from .engine import load_engine
+from .messages import SpeechChunk, Transcript
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """The first request."""
+
+    bundle: str
+    cache_dir: str
+    config: RecogniserConfig
+
+
+class Batch(msgspec.Struct, frozen=True, tag=True):
+    """Speech, in order; chunks of one segment that waited are joined."""
+
+    chunks: list[SpeechChunk]
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The reply to Start."""
+
+    load_s: float
+
+
+class Heard(msgspec.Struct, frozen=True, tag=True):
+    """The reply to a Batch."""
+
+    transcripts: list[Transcript]
+    busy_s: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The reply to a request that cannot be met; the process ends after it."""
+
+    reason: str
+
+
+Request = Start | Batch
+Reply = Ready | Heard | Failed
+
+
+def _enc_hook(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    raise NotImplementedError(type(value))
+
+
+def _dec_hook(_kind: Any, value: Any) -> Any:
+    return np.frombuffer(value, np.int16)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_enc_hook)
+_requests = msgspec.msgpack.Decoder(Request, dec_hook=_dec_hook)
+_replies = msgspec.msgpack.Decoder(Reply, dec_hook=_dec_hook)
+
+
+def send(connection: Connection, message: Request | Reply) -> None:
+    """Raises OSError when the other side is gone."""
+    connection.send_bytes(_encoder.encode(message))
+
+
+def receive_reply(connection: Connection) -> Reply:
+    """Raises EOFError or OSError when the engine is gone."""
+    reply: Reply = _replies.decode(connection.recv_bytes())
+    return reply
+
+
+def _receive_request(connection: Connection) -> Request:
+    request: Request = _requests.decode(connection.recv_bytes())
+    return request
+
+
+def load(start: Start, bundle: Bundle) -> transcriber.Transcriber:
+    """A transcriber that has run once, so that the first utterance does not pay for it."""
+    engine = load_engine(bundle, start.config.threads, Path(start.cache_dir))
+    ready = transcriber.build(bundle, engine, start.config)
+    ready.feed(transcriber.whole(np.zeros(1600, np.int16)))
+    ready.finish()
+    return ready
+
+
+def hear(ready: transcriber.Transcriber, batch: Batch) -> list[Transcript]:
+    """Finals of the segments that end in the batch, then a partial of the one that goes on."""
+    transcripts = []
+    for chunk in batch.chunks:
+        ready.feed(chunk)
+        if chunk.is_last:
+            transcripts.append(ready.finish())
+    partial = ready.step()
+    return [*transcripts, partial] if partial else transcripts
+
+
+def serve(connection: Connection) -> None:
+    """Answer requests until the connection closes."""
+    start = _receive_request(connection)
+    assert isinstance(start, Start), start
+    began = time.monotonic()
+    try:
+        ready = load(start, open_bundle(Path(start.bundle)))
+    except WhisperletError as error:
+        send(connection, Failed(str(error)))
+        return
+    send(connection, Ready(time.monotonic() - began))
+    while True:
+        batch = _receive_request(connection)
+        assert isinstance(batch, Batch), batch
+        began = time.process_time()
+        transcripts = hear(ready, batch)
+        send(connection, Heard(transcripts, time.process_time() - began))
+
+
+def main() -> None:
+    """`python -m agent.worker FD`: serve the connection on an inherited file descriptor."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ear, which then closes the connection
+    with contextlib.suppress(EOFError, OSError):
+        serve(Connection(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The graphs of a bundle, one small module a kind of signature, and the shapes of what they pass to each other.
+
+Keys and values are one tensor a layer, since slicing a stacked tensor would copy it at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from whisperlet.audio import WINDOW_FRAMES
+from whisperlet.bundle import Dims, GraphSpec, TensorSpec, kv_names
+
+from .fold import FoldedWhisper, normalise
+
+# Each is at most half as long again as the one before, so no more than a third of an encode is padding; 128 frames
+# (2.6 s) is a short command with its silence.
+ENCODE_FRAMES = (128, 256, 384, 512, 768, 1024, WINDOW_FRAMES)
+# Two lengths of cross-attention: a buffer passes between signatures only where the shapes are equal, and a decoder
+# step over 1500 frames costs twice what one over 512 does.
+CROSS_FRAMES = (512, WINDOW_FRAMES)
+# One token to go on with, 4 for the prompt, 16 to verify a hypothesis: 1.0, 1.1 and 1.5 times the time of one.
+DECODE_TOKENS = (1, 4, 16)
+MAX_WAVELENGTH = 10_000.0
+
+
+def inverse_timescales(d_model: int) -> Tensor:
+    """Angular speeds of Whisper's sinusoidal positions. shape = (d_model // 2,)"""
+    n = d_model // 2
+    return torch.exp(-math.log(MAX_WAVELENGTH) / (n - 1) * torch.arange(n))
+
+
+class Encode(nn.Module):
+    """Log-mel of one window -> keys and values of the cross-attention, padded with zeros to the next cross length.
+
+    Apart from decoding so that nothing of the encoder is touched at a decoder step. `offset` (in frames) exists for
+    windows that do not begin at the start of the audio, and keeps the converter from folding the positions into a
+    table per window length.
+    """
+
+    speeds: Tensor  # shape = (d_model // 2,)
+    frames: Tensor  # shape = (n_frames,)
+
+    def __init__(self, whisper: FoldedWhisper, dims: Dims, n_frames: int) -> None:
+        super().__init__()
+        self.whisper, self.n_frames, self.n_cross = whisper, n_frames, cross_length(n_frames)
+        self.register_buffer("speeds", inverse_timescales(dims.d_model), persistent=False)
+        self.register_buffer("frames", torch.arange(n_frames, dtype=torch.float32), persistent=False)
+        self.dims = dims
+
+    def forward(self, mel: Tensor, offset: Tensor) -> dict[str, Tensor]:
+        """Log-mel (1, 2n, n_mels) and offset (1,) float32 -> cross_k_i (1, n_head, d_head, N), cross_v_i."""
+        angles = (self.frames + offset)[:, None] * self.speeds[None]
+        x = self.whisper.stem(mel) + torch.cat([angles.sin(), angles.cos()], -1)
+        for layer in self.whisper.encoder_layers:
+            x = layer(x)
+        x, padding, state = normalise(x), self.n_cross - self.n_frames, {}
+        for i, layer in enumerate(self.whisper.decoder_layers):
+            k, v = layer.cross.keys_values(x)
+            state[f"cross_k_{i}"] = F.pad(k, (0, padding))
+            state[f"cross_v_{i}"] = F.pad(v, (0, 0, 0, padding))
+        return state
+
+    def examples(self) -> dict[str, Tensor]:
+        """Inputs to trace with."""
+        return {"mel": torch.randn(1, 2 * self.n_frames, self.dims.n_mels), "offset": torch.zeros(1)}
+
+
+class Decode(nn.Module):
+    """Some tokens at consecutive positions -> logits after each, and the self-attention state with them in it.
+
+    One signature a number of tokens: going on token by token and verifying many in one pass read the same weights.
+    """
+
+    def __init__(self, whisper: FoldedWhisper, dims: Dims, n_tokens: int, n_cross: int) -> None:
+        super().__init__()
+        self.whisper, self.dims, self.n_tokens, self.n_cross = whisper, dims, n_tokens, n_cross
+        self.positions = nn.Parameter(whisper.positions[: dims.n_text_ctx].clone(), requires_grad=False)
+
+    def forward(
+        self, tokens: Tensor, position: Tensor, self_mask: Tensor, cross_mask: Tensor, **state: Tensor
+    ) -> dict[str, Tensor]:
+        """Shapes are those of `decode_inputs`; `logits` is (1, n_tokens, n_vocab)."""
+        places = position + torch.arange(self.n_tokens, dtype=torch.int32)
+        x = self.whisper.token_embedding(tokens) + F.embedding(places, self.positions)[None]
+        out: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.whisper.decoder_layers):
+            y = normalise(x)
+            k, v = layer.attention.keys_values(y)
+            k = out[f"self_k_{i}"] = _update(state[f"self_k_{i}"], k, 3, position)
+            v = out[f"self_v_{i}"] = _update(state[f"self_v_{i}"], v, 2, position)
+            x = x + layer.attention(y, k, v, self_mask)
+            x = x + layer.cross(normalise(x), state[f"cross_k_{i}"], state[f"cross_v_{i}"], cross_mask)
+            x = x + layer.mlp(x)
+        return {"logits": self.whisper.logits(x), **out}
+
+    def examples(self) -> dict[str, Tensor]:
+        """Inputs to trace with."""
+        specs = decode_inputs(self.dims, self.n_tokens, self.n_cross)
+        return {s.name: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for s in specs}
+
+
+def _update(state: Tensor, new: Tensor, axis: int, position: Tensor) -> Tensor:
+    """`state` with `new` written at `position` along `axis`: one op of the runtime, not a masked sum."""
+    from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_update_slice
+
+    start = [torch.tensor(0, dtype=torch.int32)] * 4
+    start[axis] = position[0]
+    return dynamic_update_slice(state, new, start)  # type: ignore[no-any-return]
+
+
+def cross_length(n_frames: int) -> int:
+    """The cross length that `n_frames` are padded to."""
+    return next(n for n in CROSS_FRAMES if n >= n_frames)
+
+
+def cross_state(dims: Dims, n_cross: int) -> list[TensorSpec]:
+    """Keys and values of the encoded audio, what `encode_*` puts out and `decode_*` takes in."""
+    return _state(dims, "cross", n_cross)
+
+
+def self_state(dims: Dims) -> list[TensorSpec]:
+    """Keys and values of the tokens so far, which `decode_*` take in and put out."""
+    return _state(dims, "self", dims.n_text_ctx)
+
+
+def _state(dims: Dims, kind: str, n: int) -> list[TensorSpec]:
+    keys, values = (1, dims.n_head, dims.d_head, n), (1, dims.n_head, n, dims.d_head)
+    return [TensorSpec(name, keys if "_k_" in name else values) for name in kv_names(kind, dims.n_text_layer)]
+
+
+def decode_inputs(dims: Dims, n_tokens: int, n_cross: int) -> list[TensorSpec]:
+    """What `decode_<n_tokens>_<n_cross>` takes in."""
+    return [
+        TensorSpec("tokens", (1, n_tokens), "int32"),
+        TensorSpec("position", (1,), "int32"),  # of the first token
+        TensorSpec("self_mask", (n_tokens, dims.n_text_ctx)),  # added to the scores
+        TensorSpec("cross_mask", (1, n_cross)),  # added to the scores
+        *self_state(dims),
+        *cross_state(dims, n_cross),
+    ]
+
+
+def signatures(whisper: FoldedWhisper, dims: Dims) -> Iterator[tuple[GraphSpec, Encode | Decode]]:
+    """Every signature of a bundle with the module that it is traced from."""
+    for n_frames in ENCODE_FRAMES:
+        inputs = [TensorSpec("mel", (1, 2 * n_frames, dims.n_mels)), TensorSpec("offset", (1,))]
+        spec = GraphSpec(f"encode_{n_frames}", inputs, cross_state(dims, cross_length(n_frames)))
+        yield spec, Encode(whisper, dims, n_frames)
+    for n_cross in CROSS_FRAMES:
+        for n_tokens in DECODE_TOKENS:
+            outputs = [TensorSpec("logits", (1, n_tokens, dims.n_vocab)), *self_state(dims)]
+            spec = GraphSpec(f"decode_{n_tokens}_{n_cross}", decode_inputs(dims, n_tokens, n_cross), outputs)
+            yield spec, Decode(whisper, dims, n_tokens, n_cross)
