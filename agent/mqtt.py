@@ -1,0 +1,300 @@
+"""Publishing: one thread takes envelopes from the outbox and has the broker acknowledge them.
+
+The outbox alone remembers what is still to be delivered: each connection has a paho client of its own, thrown away
+with the connection, and what was in flight then goes back into the outbox: QoS 1 arrives at least once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+from paho.mqtt.reasoncodes import ReasonCode
+
+from .config import MqttConfig
+from .link import CONNECT_TIMEOUT_S, Backoff, Broker, Link, Waker
+from .messages import Envelope, Kind
+from .payloads import InfoPayload, status_payload, to_envelope
+
+MAX_PARTIALS = 8  # that wait to be sent; the oldest goes first
+TAKEOVER_MAX = 16  # times takeover_retry_s: the longest wait after another client took the session over
+FAREWELL_S = 1.0  # to have `offline` acknowledged when the agent stops
+TURN_S = 1.0  # longest sleep while connected; keep-alive is looked at in between
+BAD_LOGIN = (0x86, 0x87)  # bad user name or password, not authorized
+SESSION_TAKEN_OVER = 0x8E  # said by Mosquitto since 2.0.15; MQTT 3.1.1 has no word for it
+SUSPECT_EARLY = 3  # connections in a row that ended soon
+SAME_NAME_HINT = "is mqtt.device the same on two machines?"
+
+logger = logging.getLogger(__name__)
+
+
+class Outbox(Protocol):
+    """Where messages wait; none of its calls does. See `outbox.py`."""
+
+    @property
+    def depth(self) -> int:
+        """Messages that wait or are in flight."""
+
+    def put(self, envelope: Envelope) -> int | None:
+        """Store an envelope."""
+
+    def take(self, limit: int) -> list[tuple[int, Envelope]]:
+        """Oldest waiting envelopes with their ids; they are in flight from now on."""
+
+    def ack(self, message_id: int) -> None:
+        """Forget an envelope that was delivered."""
+
+    def discard(self, message_id: int) -> None:
+        """Forget an envelope that can never be delivered."""
+
+    def requeue(self) -> None:
+        """Put everything that is in flight back in its place."""
+
+    def dropped(self) -> dict[Kind, int]:
+        """Messages lost so far, by kind."""
+
+
+class PublisherCounts(msgspec.Struct, frozen=True):
+    """Since the publisher was made."""
+
+    connects: int
+    partials_sent: int
+    partials_dropped: int
+    refused: int  # by the broker, with a reason code
+    errors: int  # of our own
+
+
+class Publisher:
+    """Delivers what is `put`, whether or not the broker is there at the moment.
+
+    `on_event(name, detail)` is called from the publisher's thread; `rng` is uniform in [0, 1).
+    """
+
+    def __init__(
+        self,
+        config: MqttConfig,
+        outbox: Outbox,
+        info: InfoPayload,
+        on_event: Callable[[str, str], None],
+        *,
+        rng: Callable[[], float] = random.random,
+        takeover_retry_s: float = 30.0,
+    ) -> None:
+        self._config = config
+        self._broker = Broker.of(config)
+        self._outbox = outbox
+        self._info = info
+        self._on_event = on_event
+        self._backoff = Backoff(config.reconnect_min_s, config.reconnect_max_s, rng)
+        self._takeover = Backoff(takeover_retry_s, TAKEOVER_MAX * takeover_retry_s, rng)
+        self._in_flight: dict[int, tuple[int | None, str]] = {}  # by paho's id: id in the outbox, topic
+        self._lock = threading.Lock()  # guards the next three
+        self._partials: deque[Envelope] = deque(maxlen=MAX_PARTIALS)
+        self._counts: Counter[str] = Counter()
+        self._is_connected = False
+        self._complaint = ""
+        self._n_early = 0
+        self._reported_drops: dict[Kind, int] = {}
+        self._waker = Waker()
+        self._stop = threading.Event()
+        self._deadline_s = math.inf  # time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect; the broker need not be there."""
+        self._thread.start()
+
+    def put(self, envelope: Envelope) -> None:
+        """Have an envelope delivered; one with QoS 0 is for now or never."""
+        if envelope.qos == 0:
+            self._put_partial(envelope)
+        else:
+            self._outbox.put(envelope)
+        self._waker.wake()
+
+    def stop(self, timeout_s: float) -> None:
+        """Deliver what can be delivered within `timeout_s`, say `offline`, and end the thread."""
+        self._deadline_s = time.monotonic() + timeout_s
+        self._stop.set()
+        self._waker.wake()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s + CONNECT_TIMEOUT_S + FAREWELL_S)
+        if self._thread.is_alive():
+            logger.error("the publisher did not stop within its time")
+        else:
+            self._waker.close()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the broker has accepted us and the connection stands."""
+        return self._is_connected
+
+    def counts(self) -> PublisherCounts:
+        """Everything counted so far."""
+        with self._lock:
+            return PublisherCounts(**{name: self._counts[name] for name in PublisherCounts.__struct_fields__})
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    def _put_partial(self, envelope: Envelope) -> None:
+        with self._lock:
+            is_full = len(self._partials) == MAX_PARTIALS  # the oldest makes room
+            self._counts["partials_dropped"] += is_full or not self._is_connected
+            if self._is_connected:
+                self._partials.append(envelope)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._stop.wait(self._attempt())
+        if self._outbox.depth and self._time_left_s() > 0:  # stopped while it waited to connect again
+            self._attempt()
+
+    def _attempt(self) -> float:
+        """Connect and serve until the connection ends; returns the wait before the next attempt in seconds."""
+        will = to_envelope(status_payload(self._info.session, "connection_lost"))
+        link = Link(self._broker, self._config, will, self._on_puback)
+        try:
+            if self._open(link):
+                self._serve(link)
+                return self._wait_s(link)
+        except Exception:
+            self._count("errors")
+            logger.exception("publishing failed, connecting again")
+        finally:
+            link.close()
+            self._put_back()
+        return self._backoff.next_s()
+
+    def _open(self, link: Link) -> bool:
+        try:
+            link.connect()
+        except OSError as error:
+            self._complain(f"cannot reach the MQTT broker at {self._broker}: {error.strerror or error}")
+            return False
+        return True
+
+    def _serve(self, link: Link) -> None:
+        """Deliver messages until the connection is lost, or the agent is stopped and all is delivered."""
+        while link.is_pending and self._time_left_s() > 0:
+            self._turn(link)
+        if link.is_up:
+            self._greet(link)
+        while link.is_up and not self._is_done():
+            self._send_partials(link)
+            self._send_waiting(link)
+            self._turn(link)
+        if link.is_up:
+            self._say_goodbye(link)
+
+    def _turn(self, link: Link) -> None:
+        link.turn(self._waker, max(0.0, min(TURN_S, self._time_left_s())))
+
+    def _time_left_s(self) -> float:
+        return self._deadline_s - time.monotonic()
+
+    def _is_done(self) -> bool:
+        is_empty = not self._in_flight and self._outbox.depth == 0
+        return self._stop.is_set() and (is_empty or self._time_left_s() <= 0)
+
+    def _greet(self, link: Link) -> None:
+        """Say what a new connection begins with."""
+        logger.info("connected to the MQTT broker at %s as %s", self._broker, self._broker.client_id)
+        self._complaint = ""
+        self._count("connects")
+        self._is_connected = True
+        for payload in (status_payload(self._info.session, "connected"), self._info):
+            self._publish(link, to_envelope(payload), None)
+        self._report_drops()
+
+    def _report_drops(self) -> None:
+        if (dropped := self._outbox.dropped()) != self._reported_drops:
+            self._reported_drops = dropped
+            self._on_event("messages_dropped", ", ".join(f"{n} {kind.value}" for kind, n in dropped.items()))
+
+    def _send_partials(self, link: Link) -> None:
+        """Send the partials, unless the network is behind: then they are not worth their bytes any more."""
+        with self._lock:
+            partials = list(self._partials)
+            self._partials.clear()
+            self._counts["partials_dropped" if link.is_clogged else "partials_sent"] += len(partials)
+        for envelope in () if link.is_clogged else partials:
+            link.publish(envelope)
+
+    def _send_waiting(self, link: Link) -> None:
+        for message_id, envelope in self._outbox.take(max(0, link.max_in_flight - len(self._in_flight))):
+            self._publish(link, envelope, message_id)
+
+    def _publish(self, link: Link, envelope: Envelope, message_id: int | None) -> int:
+        self._in_flight[mid := link.publish(envelope)] = message_id, envelope.topic
+        return mid
+
+    def _on_puback(self, mid: int, reason: ReasonCode) -> None:
+        if mid not in self._in_flight:  # a partial has been written
+            return
+        message_id, topic = self._in_flight.pop(mid)
+        if reason.is_failure:
+            self._count("refused")
+            logger.warning("the MQTT broker refused a message to %s: %s", topic, reason)
+        if message_id is not None:
+            (self._outbox.discard if reason.is_failure else self._outbox.ack)(message_id)
+
+    def _say_goodbye(self, link: Link) -> None:
+        """Replace the will by our own word, then leave in good order."""
+        mid = self._publish(link, to_envelope(status_payload(self._info.session, "stopped")), None)
+        until_s = time.monotonic() + FAREWELL_S
+        while link.is_up and mid in self._in_flight and (left_s := until_s - time.monotonic()) > 0:
+            link.turn(self._waker, left_s)
+        link.disconnect()
+
+    def _put_back(self) -> None:
+        """Forget the connection, but not what it did not deliver."""
+        with self._lock:
+            self._is_connected = False
+            self._counts["partials_dropped"] += len(self._partials)
+            self._partials.clear()
+        self._in_flight.clear()
+        self._outbox.requeue()
+
+    def _wait_s(self, link: Link) -> float:
+        """Say why the connection ended; returns how long to stay away in seconds."""
+        if link.greeting is not None and link.greeting.is_failure:
+            is_new = self._complain(f"the MQTT broker at {self._broker} refused to connect us: {link.greeting}")
+            if is_new and link.greeting.value in BAD_LOGIN:
+                self._on_event("login_refused", str(link.greeting))
+        elif link.goodbye is not None and link.goodbye.value == SESSION_TAKEN_OVER:
+            return self._yield_session(link)
+        elif not self._stop.is_set():
+            self._complain(f"lost the connection to the MQTT broker at {self._broker}")
+            self._count_early(link)
+        return self._backoff.next_s()
+
+    def _count_early(self, link: Link) -> None:
+        """Suspect a second agent where the broker does not tell: it would throw us out again and again."""
+        self._n_early = 0 if self._backoff.lasted(link.age_s()) else self._n_early + 1
+        if self._n_early == SUSPECT_EARLY:
+            self._on_event("connection_unstable", f"lost {SUSPECT_EARLY} times soon after connecting; {SAME_NAME_HINT}")
+
+    def _yield_session(self, link: Link) -> float:
+        """Stay away for long: two agents of one name would otherwise throw each other out for ever."""
+        self._takeover.lasted(link.age_s())
+        wait_s = self._takeover.next_s()
+        detail = f"another client connected as {self._broker.client_id}; {SAME_NAME_HINT}"
+        logger.warning("%s; connecting again in %.0f s", detail, wait_s)
+        self._on_event("session_taken_over", detail)
+        return wait_s
+
+    def _complain(self, sentence: str) -> bool:
+        """Log a sentence, as a warning unless it is the same as last time; returns whether it is new."""
+        is_new = sentence != self._complaint
+        logger.log(logging.WARNING if is_new else logging.DEBUG, "%s; trying again", sentence)
+        self._complaint = sentence
+        return is_new

@@ -1,0 +1,300 @@
+"""What leaves the device: one frozen struct a topic, JSON on the wire, units in the names, UTC outside.
+
+`python -m agent.payloads DIRECTORY` writes the JSON Schemas that `docs/schema` publishes. Fields have no defaults,
+so every message carries every field; a reader ignores fields that it does not know.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import secrets
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from whisperlet.audio import SAMPLE_RATE
+
+from .messages import Envelope, Kind, Transcript
+
+Utc = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", description="UTC, RFC 3339")]
+Session = Annotated[str, Meta(min_length=1, description="random, one for each start of the agent")]
+Count = Annotated[int, Meta(ge=0)]
+Total = Annotated[int, Meta(ge=0, description="since the agent started")]
+Sample = Annotated[int, Meta(ge=0, description="index of a sample since the source was opened")]
+Milliseconds = Annotated[float, Meta(ge=0, description="milliseconds")]
+Seconds = Annotated[float, Meta(ge=0, description="seconds")]
+
+
+class Payload(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that is published."""
+
+
+class StatusPayload(Payload, frozen=True):
+    """Whether the agent is there; retained, and the last will."""
+
+    state: Literal["online", "offline"]
+    reason: Literal["connected", "stopped", "connection_lost"]
+    session: Session
+    time_utc: Utc | None  # None in the last will: the broker sends it later, and does not say when
+
+
+class Versions(Payload, frozen=True):
+    """What runs."""
+
+    agent: str
+    runtime: str | None  # name and version of the library that runs the model
+    python: str
+
+
+class BundleInfo(Payload, frozen=True):
+    """The model."""
+
+    name: str
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    languages: list[str]  # ISO 639-1
+
+
+class InfoPayload(Payload, frozen=True):
+    """What this agent is; retained."""
+
+    session: Session
+    started_utc: Utc
+    versions: Versions
+    bundle: BundleInfo | None
+    capabilities: list[str]  # such as "partials"
+    sample_rate_hz: Annotated[int, Meta(gt=0)]
+
+
+class TranscriptPayload(Payload, frozen=True):
+    """Text of one segment. (session, utterance, segment, revision) names it, also when it comes twice."""
+
+    session: Session
+    utterance: Count
+    segment: Count  # within the utterance
+    revision: Count  # within the segment
+    text: str
+    stable_chars: Annotated[int, Meta(ge=0, description="this much of `text` is not expected to change")]
+    start_samples: Sample
+    end_samples: Sample
+    start_utc: Utc
+    end_utc: Utc
+    language: str  # ISO 639-1
+    is_final: bool
+    continues: Annotated[bool, Meta(description="the talk goes on in the next segment")]
+    rejected: Annotated[str, Meta(description="why the text was withheld")] | None
+    avg_logprob: Annotated[float, Meta(description="natural logarithm, mean over the tokens")]
+    no_speech_prob: Annotated[float, Meta(ge=0, le=1)]
+    finalise_ms: Annotated[float, Meta(ge=0, description="since the gate decided that speech had ended, ms")] | None
+    end_to_final_ms: Annotated[float, Meta(ge=0, description="since the last voiced sample, ms")] | None
+    encode_ms: Milliseconds
+    decode_ms: Milliseconds
+
+
+class EventPayload(Payload, frozen=True):
+    """Something happened that somebody may have to know."""
+
+    session: Session
+    name: str  # such as "engine_restarted", "microphone_lost", "session_taken_over"
+    detail: str
+    time_utc: Utc
+
+
+class Percentiles(Payload, frozen=True):
+    """Of a latency over the interval; None without a measurement."""
+
+    p50: Milliseconds | None
+    p95: Milliseconds | None
+
+
+class Queues(Payload, frozen=True):
+    """What waits."""
+
+    outbox_messages: Count
+    backlog_s: Annotated[float, Meta(ge=0, description="seconds of speech that wait for the engine")]
+
+
+class CounterValues(Payload, frozen=True):
+    """Everything counted; each grows for the life of the agent."""
+
+    finals: Total
+    partials: Total
+    events: Total
+    dropped_messages: dict[str, Total]  # by kind
+    refused_messages: Annotated[int, Meta(ge=0, description="the broker would not have them; since the agent started")]
+    engine_restarts: Total
+    reconnects: Total
+    dropped_samples: Annotated[int, Meta(ge=0, description="audio lost; since the agent started")]
+    source_overflows: Annotated[int, Meta(ge=0, description="of the capture driver; since the agent started")]
+
+
+class Energy(Payload, frozen=True):
+    """Measured, never estimated."""
+
+    joules: Annotated[float, Meta(ge=0, description="over the interval")]
+    source: str  # such as "rapl"
+
+
+class TelemetryPayload(Payload, frozen=True):
+    """The agent about itself, every `telemetry.interval_s`."""
+
+    session: Session
+    time_utc: Utc
+    interval_s: Seconds
+    real_time_factor: Annotated[float, Meta(ge=0, description="engine seconds per second of speech")] | None
+    finalise_ms: Percentiles
+    end_to_final_ms: Percentiles
+    cpu_percent: Annotated[float, Meta(ge=0, description="all processes of the agent; 100 is one core")]
+    resident_bytes: Annotated[int, Meta(ge=0, description="all processes of the agent; shared pages count twice")]
+    temperature_c: Annotated[float, Meta(description="hottest sensor, degrees Celsius")] | None
+    queues: Queues
+    counters: CounterValues
+    energy: Energy | None
+
+
+class Clock(msgspec.Struct, frozen=True):
+    """Where this machine's clocks meet UTC."""
+
+    wall_s: float  # seconds since 1970, UTC ...
+    monotonic_s: float  # ... when time.monotonic() said this
+    sample0_wall_s: float  # seconds since 1970 when sample 0 was captured
+
+    @classmethod
+    def at(cls, wall_s: float, monotonic_s: float, sample: int, sample_monotonic_s: float) -> Clock:
+        """Clock of a source whose sample number `sample` was captured at `sample_monotonic_s`."""
+        captured_s = wall_s + (sample_monotonic_s - monotonic_s)
+        return cls(wall_s, monotonic_s, captured_s - sample / SAMPLE_RATE)
+
+    def utc_of_sample(self, index: int) -> str:
+        """When sample `index` was captured."""
+        return rfc3339(self.sample0_wall_s + index / SAMPLE_RATE)
+
+    def utc_of_monotonic(self, monotonic_s: float) -> str:
+        """When `time.monotonic()` said so."""
+        return rfc3339(self.wall_s + (monotonic_s - self.monotonic_s))
+
+
+def rfc3339(wall_s: float) -> str:
+    """Seconds since 1970 as UTC with milliseconds, `2025-01-31T12:00:00.000Z`."""
+    return datetime.fromtimestamp(wall_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def new_session() -> str:
+    """Name of this run of the agent, so that its utterance numbers are not mistaken for another run's."""
+    return secrets.token_hex(8)
+
+
+def versions(runtime: str) -> Versions:
+    """Installed versions; `runtime` is the distribution that runs the model."""
+    return Versions(
+        agent=_installed("whisperlet") or "unknown",
+        runtime=f"{runtime} {found}" if (found := _installed(runtime)) else None,
+        python=platform.python_version(),
+    )
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def status_payload(session: str, reason: Literal["connected", "stopped", "connection_lost"]) -> StatusPayload:
+    """Online when connected, offline for any other reason."""
+    time_utc = None if reason == "connection_lost" else rfc3339(time.time())
+    state: Literal["online", "offline"] = "online" if reason == "connected" else "offline"
+    return StatusPayload(state=state, reason=reason, session=session, time_utc=time_utc)
+
+
+def event_payload(session: str, name: str, detail: str = "") -> EventPayload:
+    """Make an event that happens now."""
+    return EventPayload(session=session, name=name, detail=detail, time_utc=rfc3339(time.time()))
+
+
+def partial_payload(transcript: Transcript, clock: Clock, session: str) -> TranscriptPayload:
+    """Text that may still change: it has no latency yet."""
+    assert not transcript.is_final
+    return _transcript_payload(transcript, clock, session, now_monotonic_s=None)
+
+
+def final_payload(transcript: Transcript, clock: Clock, session: str, now_monotonic_s: float) -> TranscriptPayload:
+    """Text for good, ready at `now_monotonic_s`, from where its latencies are counted back."""
+    assert transcript.is_final
+    return _transcript_payload(transcript, clock, session, now_monotonic_s)
+
+
+def _transcript_payload(
+    transcript: Transcript, clock: Clock, session: str, now_monotonic_s: float | None
+) -> TranscriptPayload:
+    return TranscriptPayload(
+        session=session,
+        utterance=transcript.utterance,
+        segment=transcript.segment,
+        revision=transcript.revision,
+        text=transcript.text,
+        stable_chars=transcript.stable_chars,
+        start_samples=transcript.start,
+        end_samples=transcript.end,
+        start_utc=clock.utc_of_sample(transcript.start),
+        end_utc=clock.utc_of_sample(transcript.end),
+        language=transcript.language,
+        is_final=transcript.is_final,
+        continues=transcript.continues,
+        rejected=transcript.rejected,
+        avg_logprob=transcript.avg_logprob,
+        no_speech_prob=transcript.no_speech_prob,
+        finalise_ms=_elapsed_ms(transcript.decided_monotonic_s, now_monotonic_s),
+        end_to_final_ms=_elapsed_ms(transcript.speech_end_monotonic_s, now_monotonic_s),
+        encode_ms=transcript.encode_ms,
+        decode_ms=transcript.decode_ms,
+    )
+
+
+def _elapsed_ms(since_s: float | None, now_s: float | None) -> float | None:
+    if since_s is None or now_s is None:
+        return None
+    return max(0.0, round((now_s - since_s) * 1e3, 1))
+
+
+TOPICS: dict[str, tuple[type[Payload], Kind]] = {
+    "status": (StatusPayload, Kind.EVENT),
+    "info": (InfoPayload, Kind.EVENT),
+    "transcript/partial": (TranscriptPayload, Kind.PARTIAL),
+    "transcript/final": (TranscriptPayload, Kind.FINAL),
+    "event": (EventPayload, Kind.EVENT),
+    "telemetry": (TelemetryPayload, Kind.TELEMETRY),
+}
+RETAINED = {"status", "info"}
+
+
+def to_envelope(payload: Payload) -> Envelope:
+    """Encode the payload as JSON, with its topic and how it is to be delivered."""
+    if isinstance(payload, TranscriptPayload):
+        topic = "transcript/final" if payload.is_final else "transcript/partial"
+    else:
+        topic = next(topic for topic, (struct, _) in TOPICS.items() if type(payload) is struct)
+    kind = TOPICS[topic][1]
+    qos = 0 if kind is Kind.PARTIAL else 1
+    return Envelope(topic, msgspec.json.encode(payload), kind, qos, retain=topic in RETAINED)
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """JSON Schema of each topic, by file name."""
+    return {topic.replace("/", "-") + ".json": msgspec.json.schema(payload) for topic, (payload, _) in TOPICS.items()}
+
+
+def main(directory: str) -> None:
+    """Write the JSON Schemas."""
+    for name, schema in schemas().items():
+        Path(directory, name).write_text(json.dumps(schema, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
