@@ -141,9 +141,8 @@ def _load_ctranslate2(directory: Path, settings: Mapping[str, Any], source: str)
 
 
 def _load_hugging_face(directory: Path, settings: Mapping[str, Any], source: str) -> Checkpoint:
-    kind = settings.get("model_type", "of an unknown kind")
-    if kind != "whisper":
-        raise ModelError(f"{source} is not a Whisper: its config.json says model_type {kind}")
+    if (kind := settings.get("model_type")) != "whisper":
+        raise ModelError(f"{source} is not a Whisper: its config.json says model_type {kind!r}")
     model = _build(settings, _read_weights(directory, source), source)
     if (directory / "generation_config.json").is_file():  # fine-tuned ones may still have all in config.json
         settings = {**settings, **_read_json(directory / "generation_config.json")}
