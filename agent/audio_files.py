@@ -19,6 +19,14 @@ RATES = range(1_000, 768_001)  # a header that claims another rate is damaged
 SUFFIXES = (".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".w64", ".wav")
 
 
+class ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
+    """Read from front to back only: `SoundFile.read` seeks after each block, and an MP3 decoder stumbles over that."""
+
+    def seekable(self) -> bool:
+        """Deny it."""
+        return False
+
+
 def audio_paths(path: Path) -> list[Path]:
     """List the file itself, or a directory's audio files in name order; each looks like audio.
 
@@ -70,7 +78,7 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
 
 def _decoded(path: Path, raw: object) -> soundfile.SoundFile:
     try:
-        file = soundfile.SoundFile(raw)
+        file = ForwardFile(raw)
     except (soundfile.SoundFileError, TypeError):  # TypeError: a name like x.raw promises audio without a header
         raise AudioError(f"{path}: not an audio file, or of a format that is not supported") from None
     if file.samplerate not in RATES:

@@ -17,6 +17,7 @@ from .messages import AudioChunk
 from .resampling import Resampler
 from .ring import Block, Ring, SourceCounters
 
+START_S = 5.0  # a Bluetooth or suspended device takes its time to begin
 DEAD_S = 2.0  # a stream that is silent for this long has died, even if PortAudio has not noticed
 NO_PYAUDIO = (
     "microphone: PyAudio is not installed: pip install 'whisperlet[mic]', "
@@ -39,7 +40,7 @@ class Microphone:
         self._stream: Any = None
         pyaudio = _import_pyaudio()
         # PortAudio lists the devices once, when it starts: a microphone plugged in since then needs a fresh start
-        self._portaudio = pyaudio.PyAudio()
+        self._portaudio = _started(pyaudio)
         try:
             self._open(find_device(self._portaudio, config.device), config, pyaudio)
         except BaseException:
@@ -103,11 +104,13 @@ class Microphone:
         return callback
 
     def _blocks(self) -> Iterator[Block]:
+        timeout_s = START_S
         try:
-            while (block := self._ring.get(DEAD_S)) is not None:
+            while (block := self._ring.get(timeout_s)) is not None:
+                timeout_s = DEAD_S
                 yield block
         except TimeoutError:
-            raise AudioDeviceLost(f"microphone {self._name!r}: no audio for {DEAD_S:g} s") from None
+            raise AudioDeviceLost(f"microphone {self._name!r}: no audio for {timeout_s:g} s") from None
 
 
 class _Device(Protocol):
@@ -146,18 +149,18 @@ class ReopeningMicrophone:
     def __iter__(self) -> Iterator[AudioChunk]:
         """Chunks until `close`, from one device after the other."""
         retry_s = self._config.retry_s
-        is_lost = False
+        lost_at: int | None = None
         while not self._closing.is_set():
             try:
                 for chunk in self._chunks():
-                    if is_lost:
-                        self._on_event("microphone_back", f"at {seconds(chunk.start):.1f} s")
-                    is_lost, retry_s = False, self._config.retry_s
+                    if lost_at is not None:
+                        self._on_event("microphone_back", f"{seconds(chunk.start - lost_at):.1f} s without audio")
+                    lost_at, retry_s = None, self._config.retry_s
                     yield chunk
             except AudioDeviceLost as error:
-                if not is_lost:
+                if lost_at is None:
                     self._on_event("microphone_lost", str(error))
-                is_lost = True
+                    lost_at = self._end
                 self._release()
                 self._closing.wait(retry_s)
                 retry_s = min(2 * retry_s, self._config.retry_max_s)
@@ -196,6 +199,13 @@ class ReopeningMicrophone:
             device, self._device = self._device, None
         if device is not None:
             device.close()
+
+
+def _started(pyaudio: Any) -> Any:
+    try:
+        return pyaudio.PyAudio()
+    except OSError as error:
+        raise AudioDeviceLost(f"microphone: PortAudio does not start: {error.args[-1]}") from None
 
 
 def find_device(portaudio: Any, wanted: str | int | None) -> dict[str, Any]:

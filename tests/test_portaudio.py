@@ -1,0 +1,192 @@
+"""The microphone without a sound card: real PortAudio, by way of ALSA, on a private PulseAudio."""
+
+import itertools
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.audio_files import read_file
+from agent.config import SourceConfig
+from agent.microphone import Microphone, ReopeningMicrophone
+from agent.ring import SourceCounters
+from whisperlet.audio import SAMPLE_RATE, seconds
+from whisperlet.errors import AudioDeviceLost
+
+CLIP = Path(__file__).parent.parent / "demo/speech/1089-134691-0000.flac"
+
+
+def missing():
+    """Why PortAudio cannot be tested here, or None."""
+    try:
+        import pyaudio  # noqa: F401
+    except ImportError:
+        return "PyAudio is not installed"
+    for program in ("pulseaudio", "pacat", "pactl"):
+        if not shutil.which(program):
+            return f"{program} is not installed"
+    plugin = "alsa-lib/libasound_module_pcm_pulse.so"
+    if not [*Path("/usr").glob(f"lib*/{plugin}"), *Path("/usr").glob(f"lib*/*/{plugin}")]:
+        return "ALSA's plug-in for PulseAudio (libasound2-plugins) is not installed"
+    return None
+
+
+class Room:
+    """A private PulseAudio with one loudspeaker that is its own microphone."""
+
+    def __init__(self, folder):
+        self._socket = folder / "socket"
+        self._server = None
+
+    def plug(self):
+        self._server = subprocess.Popen(
+            [
+                *("pulseaudio", "-n", "--daemonize=no", "--use-pid-file=no", "--disable-shm=yes"),
+                *("--exit-idle-time=-1", "--log-target=stderr"),
+                *("-L", f"module-native-protocol-unix socket={self._socket} auth-anonymous=1"),
+                *("-L", f"module-null-sink sink_name=room rate={SAMPLE_RATE} channels=1"),
+            ]
+        )
+        for _ in range(100):
+            if subprocess.run(["pactl", "info"], capture_output=True, check=False).returncode == 0:
+                return True
+            time.sleep(0.05)
+        return False
+
+    def unplug(self):
+        self._server.send_signal(signal.SIGKILL)
+        self._server.wait()
+        self._socket.unlink(missing_ok=True)
+
+    def play(self, pcm):
+        player = subprocess.Popen(
+            [
+                *("pacat", "--playback", "--raw", "--latency-msec=100", "--device=room"),
+                *(f"--rate={SAMPLE_RATE}", "--channels=1", "--format=s16le"),
+            ],
+            stdin=subprocess.PIPE,
+        )
+        threading.Thread(target=player.communicate, args=[pcm.tobytes()]).start()
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    if reason := missing():
+        pytest.skip(reason)
+    server = f"unix:{tmp_path / 'socket'}"
+    (tmp_path / "asound.conf").write_text(
+        f'pcm.!default {{ type pulse server "{server}" }}\n'
+        f'pcm.room {{ type pulse server "{server}" hint {{ show on description "room" }} }}\n'
+    )
+    monkeypatch.setenv("ALSA_CONFIG_PATH", str(tmp_path / "asound.conf"))
+    monkeypatch.setenv("PULSE_SERVER", server)
+    for name in ("HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    room = Room(tmp_path)
+    started = room.plug()
+    if started:
+        yield room
+    room.unplug()
+    if not started:
+        pytest.skip("PulseAudio does not start here")
+
+
+@pytest.fixture(scope="module")
+def speech():
+    return read_file(CLIP)
+
+
+def where(heard, pcm):
+    """Offset at which `heard` holds `pcm`, by cross-correlation."""
+    n = len(heard) + len(pcm)
+    product = np.fft.rfft(heard.astype(float), n) * np.conj(np.fft.rfft(pcm.astype(float), n))
+    return int(np.argmax(np.fft.irfft(product, n)[: len(heard)]))
+
+
+def listen(microphone, duration_s):
+    chunks = []
+    for chunk in microphone:
+        chunks.append(chunk)
+        if seconds(chunk.end) > duration_s:
+            microphone.close()
+    return chunks
+
+
+def padded(pcm):
+    return np.concatenate([np.zeros(8000, np.int16), pcm, np.zeros(16_000, np.int16)])
+
+
+def test_what_is_said_is_heard(room, speech):
+    microphone = Microphone(SourceConfig(device="room"))
+    room.play(padded(speech))
+    chunks = listen(microphone, 4)
+    assert {len(c.samples) for c in chunks} == {320}
+    assert all(a.end == b.start for a, b in itertools.pairwise(chunks))
+    heard = np.concatenate([c.samples for c in chunks])
+    at = where(heard, speech)
+    np.testing.assert_array_equal(heard[at : at + len(speech)], speech)
+    assert microphone.counters == SourceCounters()
+
+
+@pytest.mark.parametrize(("ring_s", "busy_s", "drops"), [(2.0, 1.0, False), (0.5, 1.5, True)])
+def test_a_busy_reader_drops_nothing_until_the_ring_is_full(room, ring_s, busy_s, drops):
+    microphone = Microphone(SourceConfig(ring_s=ring_s))
+    chunks = iter(microphone)
+    before = next(chunks)
+    time.sleep(busy_s)
+    after = [next(chunks) for _ in range(20)]
+    microphone.close()
+    everything = [before, *after]
+    jump = sum(b.start - a.end for a, b in itertools.pairwise(everything))
+    assert jump == microphone.counters.dropped_samples
+    assert (jump > 0) is drops
+    assert list(chunks) == []
+
+
+def test_unplugged_and_plugged_in_again(room):
+    happened = []
+    config = SourceConfig(retry_s=0.2, retry_max_s=0.4)
+    source = ReopeningMicrophone(config, lambda name, detail: happened.append((time.monotonic(), name, detail)))
+    chunks = iter(source)
+    first = next(chunks)
+    room.unplug()
+    plugging = threading.Timer(3, room.plug)
+    plugging.start()
+    last = after = first
+    while len(happened) < 2:
+        last, after = after, next(chunks)
+    plugging.join()
+    names = [name for _, name, _ in happened]
+    assert names == ["microphone_lost", "microphone_back"]
+    assert "no audio for 2 s" in happened[0][2]
+    assert seconds(after.start - last.end) == pytest.approx(
+        after.arrived_monotonic_s - last.arrived_monotonic_s, abs=0.1
+    )
+    assert seconds(after.start - last.end) > 2
+    source.close()
+    assert list(chunks) == []
+
+
+def test_a_reader_in_another_thread_is_freed(room):
+    microphone = Microphone(SourceConfig())
+    chunks = []
+    reader = threading.Thread(target=lambda: chunks.extend(microphone))
+    reader.start()
+    until = time.monotonic() + 10
+    while not chunks and time.monotonic() < until:
+        time.sleep(0.05)
+    microphone.close()
+    reader.join(2)
+    assert not reader.is_alive()
+    assert chunks
+
+
+def test_nothing_plugged_in(room):
+    room.unplug()
+    with pytest.raises(AudioDeviceLost, match="no audio input device"):
+        Microphone(SourceConfig())
