@@ -1,9 +1,14 @@
+import shutil
 import socket
+import subprocess
 
 import pytest
+from brokers import Broker as Mosquitto
+from brokers import needs_mosquitto, wait_for
 
 from agent.config import MqttConfig
-from agent.link import Backoff, Broker
+from agent.link import Backoff, Broker, Link, Waker
+from agent.messages import Envelope, Kind
 from whisperlet.errors import ConfigError
 
 
@@ -59,3 +64,50 @@ def test_unreadable_password_names_file_and_key(tmp_path):
     (tmp_path / "bad").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="is not UTF-8"):
         Broker.of(MqttConfig(password_file=str(tmp_path / "bad")))
+
+
+@pytest.fixture
+def tls_broker(tmp_path):
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run([*request, *names, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    broker = Mosquitto(tmp_path)
+    broker.start(f"allow_anonymous true\ncertfile {certificate}\nkeyfile {key}")
+    yield broker, certificate
+    broker.kill()
+
+
+def tls_link(port, acks):
+    config = MqttConfig(url=f"mqtts://127.0.0.1:{port}", device="dev")
+    will = Envelope("status", b"{}", Kind.EVENT)
+    return Link(Broker.of(config), config, will, lambda mid, reason: acks.append((mid, reason.value)))
+
+
+@needs_mosquitto
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_tls(tls_broker, monkeypatch):
+    broker, certificate = tls_broker
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    acks, waker = [], Waker()
+    link = tls_link(broker.port, acks)
+    link.connect()
+    wait_for(lambda: link.turn(waker, 0.1) or link.is_up)
+    mids = [link.publish(Envelope("event", b"x" * 5000, Kind.EVENT)) for _ in range(10)]
+    wait_for(lambda: link.turn(waker, 0.1) or len(acks) == 10)
+    assert sorted(mid for mid, _ in acks) == mids
+    link.disconnect()
+    link.close()
+    waker.close()
+
+
+@needs_mosquitto
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # paho leaves the socket of a failed handshake to the collector
+def test_tls_refuses_a_stranger(tls_broker, monkeypatch):
+    broker, _ = tls_broker
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    link = tls_link(broker.port, [])
+    with pytest.raises(OSError, match="certificate verify failed"):
+        link.connect()
+    link.close()

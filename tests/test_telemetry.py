@@ -1,0 +1,208 @@
+import logging
+import multiprocessing
+import socket
+import time
+from types import SimpleNamespace
+
+import msgspec
+import psutil
+import pytest
+
+from agent.health import Heartbeat, Notifier
+from agent.messages import Kind, Transcript
+from agent.payloads import Clock, Energy, final_payload, partial_payload
+from agent.power import RaplMeter
+from agent.telemetry import WINDOW, Delivery, Telemetry, Usage, percentiles, temperature_c
+
+DELIVERY = Delivery(depth=4, dropped={Kind.FINAL: 1}, partials_dropped=2, refused=3, reconnects=5)
+HEARD = Transcript(1, 0, 1, "a", 0, 0, 32_000, is_final=False, language="en", encode_ms=100.0, decode_ms=50.0)
+CLOCK = Clock(0.0, 0.0, 0.0)
+
+
+def final(finalise_ms):
+    heard = msgspec.structs.replace(HEARD, is_final=True, decided_monotonic_s=0.0)
+    return final_payload(heard, CLOCK, "s", finalise_ms / 1e3)
+
+
+@pytest.fixture
+def telemetry():
+    return Telemetry("s", energy=lambda: None)
+
+
+def test_snapshot_covers_an_interval(telemetry):
+    telemetry.add(partial_payload(HEARD, CLOCK, "s"))
+    telemetry.add(final(40.0))
+    snapshot = telemetry.snapshot(DELIVERY, backlog_s=1.5)
+    assert snapshot.real_time_factor == pytest.approx(0.3 / 2.0)  # both cost 150 ms, for 2 s of speech
+    assert (snapshot.finalise_ms.p50, snapshot.end_to_final_ms.p50) == (40.0, None)
+    assert (snapshot.queues.outbox_messages, snapshot.queues.backlog_s) == (4, 1.5)
+    after = telemetry.snapshot(DELIVERY, backlog_s=0.0)
+    assert (after.real_time_factor, after.finalise_ms.p50, after.finalise_ms.p95) == (None, None, None)
+    assert after.interval_s < 5
+    assert (after.counters.finals, after.counters.partials) == (1, 1)  # these go on
+
+
+def test_counters_come_from_everywhere(telemetry):
+    telemetry.counters.engine_restarts += 1
+    telemetry.counters.dropped_samples += 320
+    counters = telemetry.snapshot(DELIVERY, 0.0).counters
+    assert (counters.engine_restarts, counters.dropped_samples) == (1, 320)
+    assert counters.dropped_messages == {"final": 1, "partial": 2}
+    assert (counters.refused_messages, counters.reconnects) == (3, 5)
+
+
+def test_energy_is_what_the_meter_says():
+    spent = Energy(joules=1.0, source="rapl")
+    assert Telemetry("s", energy=lambda: spent).snapshot(DELIVERY, 0.0).energy == spent
+
+
+def test_latency_windows_are_bounded(telemetry):
+    for n in range(WINDOW + 100):
+        telemetry.add(final(float(n)))
+    assert len(telemetry._finalise_ms) == WINDOW
+    assert telemetry._finalise_ms[0] == 100.0
+
+
+def test_percentiles():
+    found = percentiles(range(101))
+    assert (found.p50, found.p95) == (50.0, 95.0)
+
+
+def test_usage_counts_this_process():
+    usage = Usage()
+    began = time.process_time()
+    while time.process_time() - began < 0.1:
+        pass
+    cpu_s, resident_bytes = usage.read()
+    assert 0.08 <= cpu_s < 5
+    assert resident_bytes >= psutil.Process().memory_info().rss / 2
+
+
+def _burn(seconds, may_end):
+    began = time.process_time()
+    while time.process_time() - began < seconds:
+        pass
+    may_end.wait()
+
+
+def test_usage_counts_children_and_survives_their_end():
+    usage = Usage()
+    context = multiprocessing.get_context("spawn")
+    may_end = context.Event()
+    child = context.Process(target=_burn, args=(0.2, may_end))
+    child.start()
+    burnt = 0.0
+    until = time.monotonic() + 20
+    while burnt < 0.2 and time.monotonic() < until:
+        time.sleep(0.05)
+        burnt += usage.read()[0]
+    assert burnt >= 0.2
+    may_end.set()
+    child.join()
+    assert usage.read()[0] >= 0.0
+
+
+def test_a_process_that_has_just_ended_costs_nothing(monkeypatch):
+    usage = Usage()
+
+    def gone(_process):
+        raise psutil.NoSuchProcess(1)
+
+    monkeypatch.setattr(psutil.Process, "cpu_times", gone)
+    monkeypatch.setattr(psutil.Process, "memory_info", gone)
+    assert usage.read() == (0.0, 0)
+
+
+def test_temperature_is_the_hottest_sensor(monkeypatch):
+    sensors = {"cpu_thermal": [SimpleNamespace(current=51.54), SimpleNamespace(current=40.0)], "none": []}
+    monkeypatch.setattr(psutil, "sensors_temperatures", lambda: sensors, raising=False)
+    assert temperature_c() == 51.5
+    monkeypatch.setattr(psutil, "sensors_temperatures", dict)
+    assert temperature_c() is None
+    monkeypatch.delattr(psutil, "sensors_temperatures")
+    assert temperature_c() is None
+
+
+def zone(root, directory, name, energy_uj, range_uj=1_000_000):
+    folder = root / directory
+    folder.mkdir(exist_ok=True)
+    for file, value in (("name", name), ("energy_uj", energy_uj), ("max_energy_range_uj", range_uj)):
+        (folder / file).write_text(f"{value}\n")
+
+
+def test_energy_of_all_packages_and_of_nothing_twice(tmp_path):
+    zone(tmp_path, "intel-rapl:0", "package-0", 100)
+    zone(tmp_path, "intel-rapl:1", "package-1", 100)
+    for directory, name in (("intel-rapl:0:0", "core"), ("intel-rapl:2", "psys"), ("intel-rapl-mmio:0", "package-0")):
+        zone(tmp_path, directory, name, 0)
+    meter = RaplMeter(tmp_path)
+    for directory in ("intel-rapl:0:0", "intel-rapl:2", "intel-rapl-mmio:0"):
+        (tmp_path / directory / "energy_uj").write_text("77000")
+    zone(tmp_path, "intel-rapl:0", "package-0", 500_100)
+    zone(tmp_path, "intel-rapl:1", "package-1", 250_100)
+    assert meter.read() == Energy(joules=0.75, source="rapl")
+    assert meter.read() == Energy(joules=0.0, source="rapl")
+
+
+def test_energy_counter_wraps_around(tmp_path):
+    zone(tmp_path, "intel-rapl:0", "package-0", 900_000)
+    meter = RaplMeter(tmp_path)
+    zone(tmp_path, "intel-rapl:0", "package-0", 100_000)
+    assert meter.read() == Energy(joules=0.2, source="rapl")
+    zone(tmp_path, "intel-rapl:0", "package-0", 0, range_uj="")
+    unknown_range = RaplMeter(tmp_path)
+    unknown_range._last_uj = [5]
+    assert unknown_range.read() is None
+
+
+def test_energy_is_never_guessed(tmp_path):
+    assert RaplMeter(tmp_path / "none").read() is None
+    zone(tmp_path, "intel-rapl:0", "package-0", 0)
+    zone(tmp_path, "intel-rapl:1", "package-1", 0)
+    meter = RaplMeter(tmp_path)
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()  # as good as unreadable, which root never sees
+    assert meter.read() is None
+    zone(tmp_path, "intel-rapl:1", "package-1", 0)
+    assert meter.read() is None  # since when?
+    assert meter.read() == Energy(joules=0.0, source="rapl")
+
+
+@pytest.mark.parametrize("form", ["path", "abstract"])
+def test_systemd_is_told(tmp_path, form):
+    address = f"{tmp_path}/notify" if form == "path" else f"@whisperlet-{tmp_path.name}-{time.monotonic_ns()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(address.replace("@", "\0"))
+        systemd.settimeout(2)
+        notifier = Notifier({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "30000000"})
+        notifier.ready()
+        notifier.status("listening\nand more")
+        notifier.watchdog()
+        notifier.stopping()
+        assert [systemd.recv(100) for _ in range(4)] == [b"READY=1", b"STATUS=listening", b"WATCHDOG=1", b"STOPPING=1"]
+    assert notifier.watchdog_s == 30.0
+
+
+def test_without_systemd_nothing_happens(caplog):
+    notifier = Notifier({})
+    notifier.ready()
+    assert notifier.watchdog_s is None
+    assert not caplog.records
+
+
+def test_a_deaf_systemd_is_logged(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        Notifier({"NOTIFY_SOCKET": f"{tmp_path}/nobody"}).watchdog()
+    assert "systemd was not told WATCHDOG=1" in caplog.text
+
+
+def test_heartbeat_names_the_silent():
+    heartbeat = Heartbeat()
+    heartbeat.watch("gate", 1.0, now_s=10.0)
+    heartbeat.watch("engine", 5.0, now_s=10.0)
+    assert heartbeat.stale(11.0) == []
+    assert heartbeat.stale(11.5) == ["gate"]
+    assert heartbeat.stale(15.5) == ["gate", "engine"]
+    heartbeat.beat("gate", 15.0)
+    assert heartbeat.stale(15.5) == ["engine"]
+    heartbeat.forget("engine")
+    assert heartbeat.stale(99.0) == ["gate"]
