@@ -134,10 +134,14 @@ class LiteRtEngine(_Passes):
         """See `Engine`."""
         names = kv_names("self", self.manifest.dims.n_text_layer)
         signature = self._decode_name(self.manifest.decode_tokens[0], self.manifest.cross_frames[0])
-        first, second = (
-            {name: self._model.create_output_buffer_by_name(signature, name) for name in names} for _ in range(2)
-        )
+        first, second = ({name: self._zeros(signature, name) for name in names} for _ in range(2))
         return DecoderState({}, (first, second))
+
+    def _zeros(self, signature: str, name: str) -> Any:
+        """A buffer of state. Cleared, since a masked score hides everything but what is not a number."""
+        buffer = self._model.create_output_buffer_by_name(signature, name)
+        buffer.write(np.zeros(self._model.get_output_tensor_details(signature)[name]["shape"], np.float32))
+        return buffer
 
     def encode(self, state: DecoderState, mel: Float32) -> None:
         """See `Engine`."""

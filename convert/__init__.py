@@ -1,0 +1,1 @@
+"""The workstation side: turns a Whisper checkpoint into a bundle and scores it."""

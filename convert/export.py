@@ -10,6 +10,7 @@ from whisperlet.bundle import Dims, GraphSpec
 
 from .fold import FoldedWhisper
 from .graphs import signatures
+from .recipe import Export
 
 
 def model_dims(model: Any, n_text_ctx: int) -> Dims:
@@ -27,14 +28,14 @@ def model_dims(model: Any, n_text_ctx: int) -> Dims:
 
 
 def export_float(
-    whisper: FoldedWhisper, dims: Dims, path: Path, on_signature: Callable[[str], None] = lambda _: None
+    whisper: FoldedWhisper, dims: Dims, stage: Export, path: Path, on_signature: Callable[[str], None] = lambda _: None
 ) -> list[GraphSpec]:
     """Write all signatures to one .tflite, float32; returns what they are."""
     import litert_torch
 
     converter: Any = litert_torch
     specs = []
-    for spec, module in signatures(whisper, dims):
+    for spec, module in signatures(whisper, dims, stage):
         on_signature(spec.name)
         converter = converter.signature(spec.name, module.eval(), sample_kwargs=module.examples())
         specs.append(spec)

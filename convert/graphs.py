@@ -12,19 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from whisperlet.audio import WINDOW_FRAMES
 from whisperlet.bundle import Dims, GraphSpec, TensorSpec, kv_names
 
 from .fold import FoldedWhisper, normalise
+from .recipe import Export
 
-# Each is at most half as long again as the one before, so no more than a third of an encode is padding; 128 frames
-# (2.6 s) is a short command with its silence.
-ENCODE_FRAMES = (128, 256, 384, 512, 768, 1024, WINDOW_FRAMES)
-# Two lengths of cross-attention: a buffer passes between signatures only where the shapes are equal, and a decoder
-# step over 1500 frames costs twice what one over 512 does.
-CROSS_FRAMES = (512, WINDOW_FRAMES)
-# One token to go on with, 4 for the prompt, 16 to verify a hypothesis: 1.0, 1.1 and 1.5 times the time of one.
-DECODE_TOKENS = (1, 4, 16)
 MAX_WAVELENGTH = 10_000.0
 
 
@@ -45,9 +37,9 @@ class Encode(nn.Module):
     speeds: Tensor  # shape = (d_model // 2,)
     frames: Tensor  # shape = (n_frames,)
 
-    def __init__(self, whisper: FoldedWhisper, dims: Dims, n_frames: int) -> None:
+    def __init__(self, whisper: FoldedWhisper, dims: Dims, n_frames: int, n_cross: int) -> None:
         super().__init__()
-        self.whisper, self.n_frames, self.n_cross = whisper, n_frames, cross_length(n_frames)
+        self.whisper, self.n_frames, self.n_cross = whisper, n_frames, n_cross
         self.register_buffer("speeds", inverse_timescales(dims.d_model), persistent=False)
         self.register_buffer("frames", torch.arange(n_frames, dtype=torch.float32), persistent=False)
         self.dims = dims
@@ -113,11 +105,6 @@ def _update(state: Tensor, new: Tensor, axis: int, position: Tensor) -> Tensor:
     return dynamic_update_slice(state, new, start)  # type: ignore[no-any-return]
 
 
-def cross_length(n_frames: int) -> int:
-    """The cross length that `n_frames` are padded to."""
-    return next(n for n in CROSS_FRAMES if n >= n_frames)
-
-
 def cross_state(dims: Dims, n_cross: int) -> list[TensorSpec]:
     """Keys and values of the encoded audio, what `encode_*` puts out and `decode_*` takes in."""
     return _state(dims, "cross", n_cross)
@@ -145,14 +132,15 @@ def decode_inputs(dims: Dims, n_tokens: int, n_cross: int) -> list[TensorSpec]:
     ]
 
 
-def signatures(whisper: FoldedWhisper, dims: Dims) -> Iterator[tuple[GraphSpec, Encode | Decode]]:
+def signatures(whisper: FoldedWhisper, dims: Dims, export: Export) -> Iterator[tuple[GraphSpec, Encode | Decode]]:
     """Every signature of a bundle with the module that it is traced from."""
-    for n_frames in ENCODE_FRAMES:
+    for n_frames in export.encode_frames:
+        n_cross = next(n for n in export.cross_frames if n >= n_frames)
         inputs = [TensorSpec("mel", (1, 2 * n_frames, dims.n_mels)), TensorSpec("offset", (1,))]
-        spec = GraphSpec(f"encode_{n_frames}", inputs, cross_state(dims, cross_length(n_frames)))
-        yield spec, Encode(whisper, dims, n_frames)
-    for n_cross in CROSS_FRAMES:
-        for n_tokens in DECODE_TOKENS:
+        spec = GraphSpec(f"encode_{n_frames}", inputs, cross_state(dims, n_cross))
+        yield spec, Encode(whisper, dims, n_frames, n_cross)
+    for n_cross in export.cross_frames:
+        for n_tokens in export.decode_tokens:
             outputs = [TensorSpec("logits", (1, n_tokens, dims.n_vocab)), *self_state(dims)]
             spec = GraphSpec(f"decode_{n_tokens}_{n_cross}", decode_inputs(dims, n_tokens, n_cross), outputs)
             yield spec, Decode(whisper, dims, n_tokens, n_cross)

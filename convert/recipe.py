@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from whisperlet.audio import WINDOW_FRAMES
 from whisperlet.errors import ConfigError
 
 
@@ -17,9 +18,23 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Export(Stage, frozen=True, tag="export"):
-    """PyTorch -> float .tflite."""
+    """PyTorch -> float .tflite with one signature for each shape."""
 
     n_text_ctx: int = 224  # tokens; what Whisper generates at the most
+    # Encoder windows, 20 ms each. Each is at most half as long again as the one before, so no more than a third of an
+    # encode is padding; 128 frames (2.6 s) hold a short command with its silence.
+    encode_frames: tuple[int, ...] = (128, 256, 384, 512, 768, 1024, WINDOW_FRAMES)
+    # Lengths of cross-attention: a buffer passes between signatures only where the shapes are equal, and a decoder
+    # step over 1500 frames takes twice as long as one over 512.
+    cross_frames: tuple[int, ...] = (512, WINDOW_FRAMES)
+    # Tokens in one pass: 1 to go on with, 4 for the prompt, 16 to verify a hypothesis; they take 1.0, 1.2 and 1.6
+    # times as long.
+    decode_tokens: tuple[int, ...] = (1, 4, 16)
+
+    @property
+    def n_signatures(self) -> int:
+        """How many graphs the file will have."""
+        return len(self.encode_frames) + len(self.cross_frames) * len(self.decode_tokens)
 
 
 class Quantise(Stage, frozen=True, tag="quantise"):
@@ -69,13 +84,33 @@ def shipped() -> list[str]:
 
 def _checked(recipe: Recipe, origin: str) -> Recipe:
     if [type(stage) for stage in recipe.stages] != list(ORDER):
-        wanted = ", ".join(kind.__struct_config__.tag or "" for kind in ORDER)
+        wanted = ", ".join(str(kind.__struct_config__.tag) for kind in ORDER)
         raise ConfigError(f"{origin}: stages: must be {wanted}, each once and in this order")
-    package = recipe.stages[-1]
-    assert isinstance(package, Package), package
+    export, _, package = stages(recipe)
+    _check_shapes(export, origin)
     if "default" not in package.silence_frames:
         raise ConfigError(f'{origin}: stages[2].silence_frames: lacks "default"')
     return recipe
+
+
+def _check_shapes(export: Export, origin: str) -> None:
+    for key in ("encode_frames", "cross_frames", "decode_tokens"):
+        values = getattr(export, key)
+        if not values or list(values) != sorted(set(values)) or values[0] < 1:
+            raise ConfigError(f"{origin}: stages[0].{key}: must be positive and ascending")
+    if max(export.encode_frames) > min(max(export.cross_frames), WINDOW_FRAMES):
+        raise ConfigError(f"{origin}: stages[0].encode_frames: must not exceed cross_frames, nor {WINDOW_FRAMES}")
+    if export.decode_tokens[0] != 1 or max(export.decode_tokens) > export.n_text_ctx:
+        raise ConfigError(f"{origin}: stages[0].decode_tokens: must begin with 1 and fit into n_text_ctx")
+
+
+def stages(recipe: Recipe) -> tuple[Export, Quantise, Package]:
+    """The stages of a checked recipe, by their types."""
+    export, quantise, package = recipe.stages
+    assert isinstance(export, Export), export
+    assert isinstance(quantise, Quantise), quantise
+    assert isinstance(package, Package), package
+    return export, quantise, package
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:

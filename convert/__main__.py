@@ -1,0 +1,77 @@
+"""`whisperlet-convert`: build, inspect and evaluate bundles."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from whisperlet.errors import WhisperletError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _quiet_libraries() -> None:
+    """Make, look into and score bundles."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+@app.command()
+def build(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe that ships (base_wi8, tiny_en_wi8) or a .toml file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the bundle and its report.")] = Path("build"),
+) -> None:
+    """Turn a checkpoint into one .tflite bundle."""
+    from . import pipeline, tables
+    from . import recipe as recipes
+
+    console = pipeline.own_console()
+    report = pipeline.build(recipes.load(recipe), out, console)
+    tables.show_report(report, console)
+
+
+@app.command()
+def inspect(bundle: Annotated[Path, typer.Argument(help="A .tflite bundle.")]) -> None:
+    """Show what is in a bundle: signatures, bytes by part, hashes, recipe."""
+    from . import inspection, tables
+
+    tables.show_contents(inspection.contents(bundle), tables.CONSOLE)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A .tflite bundle; or a source as in a recipe: PyTorch, full window.")],
+    manifest: Annotated[Path, typer.Argument(help="manifest.jsonl of a set of recordings, or its folder.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N clips.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    json: Annotated[Path | None, typer.Option(help="Write everything here.")] = None,
+    segment: Annotated[bool, typer.Option("--segment", help="Let the gate cut; join the finals.")] = False,
+    pace: Annotated[bool, typer.Option("--pace", help="In real time with partials; gives latencies.")] = False,
+    detect_language: Annotated[bool, typer.Option("--detect-language", help="Ignore the manifest's.")] = False,
+) -> None:
+    """Score a bundle on recordings, through the agent's engine process."""
+    from . import speechset, tables
+    from .evaluate import Options
+
+    clips = speechset.read(manifest, limit)
+    options = Options(threads=threads, segment=segment, pace=pace, detect_language=detect_language)
+    tables.run_evaluation(model, manifest, clips, options, json)
+
+
+def main() -> None:
+    """Run the command; what a user can mend ends with one sentence and exit code 2."""
+    try:
+        app()
+    except WhisperletError as error:
+        print(f"whisperlet-convert: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Each signature of a .tflite against the PyTorch module that it was traced from, and the bundle's text against
+Whisper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import soundfile
+import torch
+from numpy.typing import NDArray
+
+from whisperlet.audio import SAMPLES_PER_FRAME, WINDOW_FRAMES, Pcm16, to_float32
+from whisperlet.bundle import Dims
+from whisperlet.errors import ModelError
+from whisperlet.logmel import log_mel
+
+from .fold import FoldedWhisper
+from .graphs import Decode, Encode, signatures
+from .recipe import Export
+
+Tensors = dict[str, NDArray[Any]]
+MAX_FLOAT_ERROR = 5e-2  # in logits, whose range is about 60, and in keys and values, about 30
+MIN_INT8_COSINE = 0.99
+
+
+class SignatureParity(msgspec.Struct, frozen=True):
+    """How far a signature's outputs are from the reference's; the worst output counts."""
+
+    signature: str
+    float_max_abs: float
+    int8_max_abs: float = 0.0
+    int8_cosine: float = 1.0
+
+
+class TextParity(msgspec.Struct, frozen=True):
+    """What both heard in a clip."""
+
+    clip: str
+    reference: str
+    bundle: str
+
+
+def golden_clips() -> list[tuple[str, Pcm16]]:
+    """Short read English that ships with the converter, by name."""
+    with as_file(files("convert") / "golden") as folder:
+        return [(path.stem, soundfile.read(path, dtype="int16")[0]) for path in sorted(folder.glob("*.flac"))]
+
+
+class Probe:
+    """Inputs from real speech: the encoder's from a clip, the decoder's from the reference encoder's output."""
+
+    def __init__(self, whisper: FoldedWhisper, dims: Dims, stage: Export, tokens: list[int]) -> None:
+        self.whisper, self.dims, self.stage, self.tokens = whisper, dims, stage, tokens
+        self.speech = to_float32(golden_clips()[0][1])
+        self._cross: dict[int, dict[str, torch.Tensor]] = {}
+
+    def inputs(self, module: Encode | Decode) -> dict[str, torch.Tensor]:
+        """Inputs for a signature."""
+        if isinstance(module, Encode):
+            return {**module.examples(), "mel": self.mel(module.n_frames)}
+        ids = (self.tokens * module.n_tokens)[: module.n_tokens]
+        mask = torch.full((module.n_tokens, self.dims.n_text_ctx), -1e9).triu(1)
+        found = {"tokens": torch.tensor([ids], dtype=torch.int32), "self_mask": mask}
+        return {**module.examples(), **found, **self._cross_state(module.n_cross)}
+
+    def mel(self, n_frames: int) -> torch.Tensor:
+        """Log-mel of the clip in a window. shape = (1, 2 n_frames, n_mels)"""
+        fitting = self.speech[: SAMPLES_PER_FRAME * n_frames]
+        return torch.from_numpy(log_mel(fitting, 2 * n_frames, self.dims.n_mels))
+
+    def _cross_state(self, n_cross: int) -> dict[str, torch.Tensor]:
+        if n_cross not in self._cross:
+            encode = Encode(self.whisper, self.dims, n_cross, n_cross)
+            self._cross[n_cross] = encode(self.mel(n_cross), torch.zeros(1))
+        return self._cross[n_cross]
+
+
+def run_signature(path: Path, name: str, inputs: dict[str, torch.Tensor]) -> Tensors:
+    """Outputs of one signature. A fresh interpreter each time: the float model unpacks its weights for every graph."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(str(path), num_threads=2).get_signature_runner(name)
+    outputs: Tensors = runner(**{key: value.numpy() for key, value in inputs.items()})
+    return outputs
+
+
+@torch.inference_mode()
+def compare_signatures(
+    probe: Probe, float_path: Path, int8_path: Path, on_signature: Callable[[str], None] = lambda _: None
+) -> list[SignatureParity]:
+    """One row a signature. Raises ModelError where one is further off than rounding explains."""
+    rows = []
+    for spec, module in signatures(probe.whisper, probe.dims, probe.stage):
+        on_signature(spec.name)
+        inputs = probe.inputs(module)
+        expected = {key: value.numpy() for key, value in module(**inputs).items()}
+        from_float, from_int8 = (run_signature(path, spec.name, inputs) for path in (float_path, int8_path))
+        row = SignatureParity(
+            spec.name,
+            float_max_abs=_max_abs(expected, from_float),
+            int8_max_abs=_max_abs(expected, from_int8),
+            int8_cosine=min(cosine(expected[key], from_int8[key]) for key in expected),
+        )
+        if not (row.float_max_abs <= MAX_FLOAT_ERROR and row.int8_cosine >= MIN_INT8_COSINE):
+            raise ModelError(f"{spec.name} does not compute what the checkpoint does: {row}")
+        rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def folding_error(model: Any, probe: Probe) -> float:
+    """Largest difference in logits between the folded modules and transformers' own, on a clip in a full window."""
+    prompt = torch.tensor([probe.tokens])
+    expected = model(input_features=probe.mel(WINDOW_FRAMES).transpose(1, 2), decoder_input_ids=prompt).logits
+    decode = Decode(probe.whisper, probe.dims, len(probe.tokens), WINDOW_FRAMES)
+    return float((decode(**probe.inputs(decode))["logits"] - expected).abs().max())
+
+
+def compare_texts(reference: Callable[[Pcm16], str], ours: Callable[[Pcm16], str]) -> list[TextParity]:
+    """Greedy text of both on the golden clips."""
+    return [TextParity(name, reference(pcm), ours(pcm)) for name, pcm in golden_clips()]
+
+
+def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Cosine of the angle between two tensors as vectors; 1.0 if both are zero."""
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(np.vdot(a, b)) / norms if norms else float(np.array_equal(a, b))
+
+
+def _max_abs(expected: Tensors, actual: Tensors) -> float:
+    return max(float(np.abs(expected[key] - actual[key]).max()) for key in expected)

@@ -1,0 +1,189 @@
+"""From a recipe to a bundle: load, export, quantise, package. Every step shows its progress."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from whisperlet import bundle
+from whisperlet.bundle import GraphSpec, Manifest
+
+from . import compact, evaluate, export, model, parity, quantise, reference
+from . import recipe as recipes
+from .fold import FoldedWhisper
+from .parity import SignatureParity, TextParity
+from .recipe import Export, Package, Quantise, Recipe
+
+TOOLS = ("whisperlet", "torch", "transformers", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build did; written beside the bundle as JSON."""
+
+    recipe: dict[str, Any]
+    bundle: str
+    bundle_bytes: int
+    bundle_sha256: str
+    seconds: dict[str, float]  # by stage
+    peak_rss_mb: float
+    folding_max_abs: float  # logits, folded modules against transformers'
+    parity: list[SignatureParity]
+    texts: list[TextParity]
+
+
+class Build:
+    """One run of a recipe: the folder it works in, the bars it shows, and what its stages hand on."""
+
+    def __init__(self, recipe: Recipe, work: Path, progress: Progress) -> None:
+        self.recipe, self.work, self.progress = recipe, work, progress
+        self.stages = recipes.stages(recipe)
+        self.seconds: dict[str, float] = {}
+        self.float_model, self.model = work / "float.tflite", work / "model.tflite"
+        self.graphs: list[GraphSpec] = []
+
+    @contextlib.contextmanager
+    def step(self, name: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
+        """A bar; what it yields says what comes next and counts it."""
+        task = self.progress.add_task(name, total=total)
+        began = time.monotonic()
+
+        def advance(what: str) -> None:
+            self.progress.update(task, description=f"{name} {what}", advance=1)
+
+        with _tools_write_to(self.work / "tools.log"):
+            yield advance
+        self.seconds[name] = round(time.monotonic() - began, 1)
+        self.progress.update(task, description=name, total=total or 1, completed=total or 1)
+
+    def load(self) -> None:
+        """Source -> checkpoint, and its modules with the gains folded away."""
+        with self.step("load"):
+            self.checkpoint = model.load(self.recipe.source)
+            self.dims = export.model_dims(self.checkpoint.model, self.stages[0].n_text_ctx)
+            self.whisper = FoldedWhisper(self.checkpoint.model)
+
+    def run_export(self, stage: Export) -> None:
+        """Modules -> float .tflite, and how far folding moved the logits."""
+        with self.step("export", stage.n_signatures + 1) as advance:
+            self.graphs = export.export_float(self.whisper, self.dims, stage, self.float_model, advance)
+
+    def run_quantise(self, stage: Quantise) -> None:
+        """Float .tflite -> int8 .tflite, everything in it once."""
+        with self.step("quantise"):
+            quantise.quantise(stage, self.float_model, self.work / "quantised.tflite")
+            compact.compact(self.work / "quantised.tflite", self.model)
+
+    def check(self, stage: Export) -> None:
+        """Compare every signature, then the text of the golden clips."""
+        probe = parity.Probe(self.whisper, self.dims, stage, self._probe_tokens())
+        with self.step("compare", stage.n_signatures) as advance:
+            self.folding_max_abs = parity.folding_error(self.checkpoint.model, probe)
+            self.parity = parity.compare_signatures(probe, self.float_model, self.model, advance)
+        with self.step("listen"):
+            draft = self.work / "draft.tflite"
+            bundle.write(draft, self.model, self.manifest(), minified(self.checkpoint.tokenizer_json))
+            self.texts = parity.compare_texts(
+                evaluate.reference_listener(self.checkpoint, "en"), evaluate.bundle_listener(draft, "en", self.work)
+            )
+
+    def manifest(self) -> Manifest:
+        """What the bundle will say of itself."""
+        stage, _, package = self.stages
+        return msgspec.structs.replace(
+            reference.manifest(self.checkpoint, self.recipe.name, self.dims),
+            encode_frames=list(stage.encode_frames),
+            cross_frames=list(stage.cross_frames),
+            decode_tokens=list(stage.decode_tokens),
+            silence_frames=package.silence_frames,
+            graphs=self.graphs,
+            recipe=recipes.as_dict(self.recipe),
+            tools={name: version(name) for name in TOOLS},
+        )
+
+    def run_package(self, _stage: Package, target: Path) -> Report:
+        """Everything -> one file, whole or not at all."""
+        with self.step("package"):
+            manifest = msgspec.structs.replace(
+                self.manifest(),
+                parity=[msgspec.to_builtins(row) for row in self.parity],
+                scores={"golden_texts": [msgspec.to_builtins(text) for text in self.texts]},
+            )
+            bundle.write(target, self.model, manifest, minified(self.checkpoint.tokenizer_json))
+        return Report(
+            recipe=recipes.as_dict(self.recipe),
+            bundle=target.name,
+            bundle_bytes=target.stat().st_size,
+            bundle_sha256=bundle.open_bundle(target).sha256,
+            seconds=self.seconds,
+            peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            folding_max_abs=self.folding_max_abs,
+            parity=self.parity,
+            texts=self.texts,
+        )
+
+    def _probe_tokens(self) -> list[int]:
+        """The prompt of an English transcript."""
+        ids = reference.vocabulary(self.checkpoint)
+        head = [ids.sot] if ids.transcribe is None else [ids.sot, ids.languages["en"], ids.transcribe]
+        return [*head, ids.no_timestamps]
+
+
+def build(recipe: Recipe, out: Path, console: Console) -> Report:
+    """Run a recipe; leaves `<name>.tflite` and `<name>.json` in `out`, or neither."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work, _progress(console) as progress:
+        job = Build(recipe, Path(work), progress)
+        stage, quantising, packaging = job.stages
+        job.load()
+        job.run_export(stage)
+        job.run_quantise(quantising)
+        job.check(stage)
+        report = job.run_package(packaging, out / f"{recipe.name}.tflite")
+    (out / f"{recipe.name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
+    return report
+
+
+def minified(tokenizer_json: bytes) -> bytes:
+    """The same JSON without white space."""
+    return msgspec.json.encode(msgspec.json.decode(tokenizer_json))
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+@contextlib.contextmanager
+def _tools_write_to(log: Path) -> Iterator[None]:
+    """Exporter, quantiser and runtime write what they do on descriptors 1 and 2; it goes to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
+def own_console() -> Console:
+    """A console on a copy of the terminal's descriptor, which the redirection of the tools does not touch."""
+    return Console(file=os.fdopen(os.dup(2), "w"), stderr=False)

@@ -1,0 +1,52 @@
+"""Sets of recordings: a `manifest.jsonl` with one JSON object a line, audio paths relative to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from whisperlet.errors import ConfigError
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A line of the manifest; keys that are not named here are ignored."""
+
+    id: str
+    audio: str
+    text: str | None = None
+    language: str = "en"
+    duration_s: float | None = None
+
+
+class Clip(msgspec.Struct, frozen=True):
+    """A recording and what was said in it, None if that is unknown or nothing."""
+
+    id: str
+    audio: Path
+    text: str | None
+    language: str
+
+
+def read(manifest: Path, limit: int | None = None) -> list[Clip]:
+    """The first `limit` clips of a manifest, or of the one in a folder. Raises ConfigError naming file and line."""
+    path = manifest / "manifest.jsonl" if manifest.is_dir() else manifest
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    clips = [_clip(path, number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]
+    if not clips:
+        raise ConfigError(f"{path}: names no clips")
+    missing = [clip.audio.name for clip in clips if not clip.audio.is_file()]
+    if missing:
+        raise ConfigError(f"{path}: {len(missing)} audio files are missing: {', '.join(missing[:5])}")
+    return clips
+
+
+def _clip(path: Path, number: int, line: str) -> Clip:
+    try:
+        entry = msgspec.json.decode(line, type=Entry)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: line {number}: {error}") from None
+    return Clip(entry.id, path.parent / entry.audio, entry.text, entry.language)

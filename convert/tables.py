@@ -1,0 +1,102 @@
+"""What the commands show in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import model as models
+from .evaluate import Evaluation, Options, Percentiles, evaluate_bundle, evaluate_reference, summary
+from .inspection import Contents
+from .pipeline import Report
+from .speechset import Clip
+
+CONSOLE = Console()
+BARS = Console(stderr=True)
+
+
+def show_report(report: Report, console: Console) -> None:
+    """Parity of every signature, the golden texts, and what came out."""
+    table = Table("signature", "float max abs", "int8 max abs", "int8 cosine", title="Against PyTorch float32")
+    for row in report.parity:
+        table.add_row(row.signature, f"{row.float_max_abs:.1e}", f"{row.int8_max_abs:.2f}", f"{row.int8_cosine:.5f}")
+    console.print(table)
+    for text in report.texts:
+        verdict = "same text" if text.reference == text.bundle else f"differs: PyTorch heard {text.reference!r}"
+        console.print(f"{text.clip}: {text.bundle!r} ({verdict})", soft_wrap=True, highlight=False)
+    seconds = sum(report.seconds.values())
+    console.print(
+        f"{report.bundle}: {report.bundle_bytes:,} bytes, built in {seconds:.0f} s, peak memory {report.peak_rss_mb:.0f} MB"
+    )
+
+
+def show_contents(contents: Contents, console: Console) -> None:
+    """Signatures with their shapes, bytes by part, then the recipe."""
+    table = Table("signature", "takes", "gives", title=contents.name)
+    for name, inputs, outputs in contents.signatures:
+        table.add_row(name, inputs, outputs)
+    console.print(table)
+    sizes = Table("part", "bytes", "share", title=f"{contents.total_bytes:,} bytes")
+    for part, n_bytes in contents.parts.items():
+        sizes.add_row(part, f"{n_bytes:,}", f"{100 * n_bytes / contents.total_bytes:.1f} %")
+    console.print(sizes)
+    facts = Table("what", "value", show_header=False)
+    for what, value in contents.facts.items():
+        facts.add_row(what, value)
+    console.print(facts)
+
+
+def run_evaluation(model: str, manifest: Path, clips: list[Clip], options: Options, json: Path | None) -> None:
+    """Evaluate with a bar, show the figures, write them."""
+    path = Path(model)
+    with _bar(len(clips)) as advance:
+        if path.suffix == ".tflite":
+            scored, usage = evaluate_bundle(path, clips, options, advance)
+            result = summary(path.name, str(manifest), scored, usage, options, path.stat().st_size)
+        else:
+            scored = evaluate_reference(models.load(model), clips, options, advance)
+            result = summary(model, str(manifest), scored, None, options, None)
+    if json:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
+    show_evaluation(result, CONSOLE)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=BARS) as progress:
+        task = progress.add_task("clips", total=total)
+        yield lambda: progress.advance(task)
+
+
+def show_evaluation(result: Evaluation, console: Console) -> None:
+    """One row a figure."""
+    table = Table("figure", "value", title=f"{result.model} on {result.manifest}")
+    table.add_row("clips, audio", f"{result.n}, {result.audio_s / 60:.1f} min")
+    if result.n_without_text:
+        table.add_row(
+            "clips without text, of these with words heard", f"{result.n_without_text}, {result.n_hallucinated}"
+        )
+    table.add_row("word error rate", _percent(result.wer))
+    table.add_row("character error rate", _percent(result.cer))
+    table.add_row("decision to final, p50 / p95", _latency(result.finalise_ms))
+    table.add_row("last voiced sample to final, p50 / p95", _latency(result.end_to_final_ms))
+    if result.core_s_per_audio_s is not None:
+        table.add_row("core-seconds per second of audio", f"{result.core_s_per_audio_s:.3f}")
+        table.add_row("engine process, peak resident", f"{result.rss_mb:.0f} MB")
+    table.add_row("machine, threads", f"{result.machine}, {result.threads}")
+    console.print(table)
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.2f} %"
+
+
+def _latency(value: Percentiles | None) -> str:
+    return "-" if value is None else f"{value.p50:.0f} / {value.p95:.0f} ms"
