@@ -6,10 +6,7 @@ signature without a copy, and TensorFlow Lite's `Interpreter` for platforms wher
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,20 +94,6 @@ class _Passes:
         raise NotImplementedError
 
 
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """LiteRT announces each accelerator that it lacks on file descriptor 2, and has no switch for it."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as null:  # noqa: PTH123 - a descriptor is wanted
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
 class LiteRtEngine(_Passes):
     """On `ai_edge_litert.CompiledModel`."""
 
@@ -123,8 +106,7 @@ class LiteRtEngine(_Passes):
         cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(weight_cache(bundle, cache_dir)))
         options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
         try:
-            with _quiet_stderr():
-                self._model = CompiledModel.from_file(str(bundle.path), options=options)
+            self._model = CompiledModel.from_file(str(bundle.path), options=options)
         except RuntimeError as error:
             raise BundleError(f"{bundle.path}: the runtime refuses it: {error}") from None
         self._inputs: dict[str, dict[str, Any]] = {}

@@ -34,7 +34,7 @@ MAX_ATTEMPTS = 3  # then a segment that kills the engine is given up
 RESTART_MAX_S = 30.0
 
 
-class EngineLost(Exception):  # noqa: N818 - named for what happened
+class EngineLost(Exception):
     """The engine process died, hung or could not start."""
 
 
@@ -149,9 +149,18 @@ class Supervisor:
         """Segments without their final."""
         return len(self._pending)
 
-    def submit(self, chunk: SpeechChunk) -> None:
-        """Hand in speech; never waits."""
+    @property
+    def backlog_s(self) -> float:
+        """Seconds of speech in segments without their final."""
         with self._changed:
+            return self._n_samples() / SAMPLE_RATE
+
+    def submit(self, chunk: SpeechChunk, *, wait: bool = False) -> None:
+        """Hand in speech. A microphone must not wait; a file may, until half of the backlog's bound is free."""
+        with self._changed:
+            if wait:
+                half = self._config.max_backlog_s * SAMPLE_RATE / 2
+                self._changed.wait_for(lambda: self._stopping or self._n_samples() <= half)
             self._pending.setdefault(chunk.key, Pending([])).chunks.append(chunk)
             self._bound_backlog()
             self._changed.notify()
@@ -289,5 +298,3 @@ def _take_unsent(pending: Pending) -> SpeechChunk:
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/whisperlet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whisperlet"
-
-

@@ -7,9 +7,11 @@ stall the audio callback. It ends when the ear does: the connection closes.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,20 @@ def _receive_request(connection: Connection) -> Request:
     return request
 
 
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """LiteRT announces each accelerator that it lacks on file descriptor 2, and has no switch for it."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as null:  # noqa: PTH123 - a descriptor is wanted
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def load(start: Start, bundle: Bundle) -> transcriber.Transcriber:
     """A transcriber that has run once, so that the first utterance does not pay for it."""
     engine = load_engine(bundle, start.config.threads, Path(start.cache_dir))
@@ -120,7 +136,8 @@ def serve(connection: Connection) -> None:
     assert isinstance(start, Start), start
     began = time.monotonic()
     try:
-        ready = load(start, open_bundle(Path(start.bundle)))
+        with quiet_stderr():
+            ready = load(start, open_bundle(Path(start.bundle)))
     except WhisperletError as error:
         send(connection, Failed(str(error)))
         return
@@ -136,8 +153,10 @@ def serve(connection: Connection) -> None:
 def main() -> None:
     """`python -m agent.worker FD`: serve the connection on an inherited file descriptor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ear, which then closes the connection
-    with contextlib.suppress(EOFError, OSError):
+    try:
         serve(Connection(int(sys.argv[1])))
+    except (EOFError, OSError):
+        os._exit(0)  # nothing is left to save, and the runtime would announce its own end on standard error
 
 
 if __name__ == "__main__":

@@ -17,16 +17,13 @@ import msgspec
 import numpy as np
 import psutil
 
-from agent import transcriber
 from agent.audio_files import read_file
 from agent.config import RecogniserConfig, VadConfig
-from agent.engine import Engine, load_engine
 from agent.messages import SpeechChunk, Transcript
 from agent.supervisor import Supervisor, default_cache_dir
 from agent.transcriber import Transcriber
 from agent.vad import Segment, quietest, segments
 from whisperlet.audio import SAMPLE_RATE, Pcm16, samples, seconds
-from whisperlet.bundle import open_bundle
 from whisperlet.errors import ConfigError
 from whisperlet.tokenizer import Tokenizer
 
@@ -269,18 +266,16 @@ def _reference(checkpoint: Checkpoint, language: str) -> Transcriber:
     return Transcriber(engine, tokenizer, RecogniserConfig(language=language, partials=False))
 
 
-def reference_listener(checkpoint: Checkpoint, language: str) -> Callable[[Pcm16], str]:
-    """What the checkpoint hears in a clip."""
+def reference_texts(checkpoint: Checkpoint, clips: Sequence[Pcm16], language: str) -> list[str]:
+    """What the checkpoint hears in each clip."""
     ears = _reference(checkpoint, language)
-    return lambda pcm: " ".join(final.text for final in _heard(ears, pcm))
+    return [" ".join(final.text for final in _heard(ears, pcm)) for pcm in clips]
 
 
-def bundle_listener(bundle: Path, language: str, cache_dir: Path) -> Callable[[Pcm16], str]:
-    """What a bundle hears in a clip, in this process."""
-    opened = open_bundle(bundle)
-    engine: Engine = load_engine(opened, 2, cache_dir)
-    ears = transcriber.build(opened, engine, RecogniserConfig(language=language, partials=False))
-    return lambda pcm: " ".join(final.text for final in _heard(ears, pcm))
+def bundle_texts(bundle: Path, clips: Sequence[Pcm16], language: str) -> list[str]:
+    """What a bundle hears in each clip."""
+    with _EngineRun(bundle, RecogniserConfig(language=language, partials=False), Usage()) as run:
+        return [" ".join(final.text for final, _ in run.hear(_speech(pcm, Options()))) for pcm in clips]
 
 
 def summary(

@@ -122,11 +122,6 @@ def folding_error(model: Any, probe: Probe) -> float:
     return float((decode(**probe.inputs(decode))["logits"] - expected).abs().max())
 
 
-def compare_texts(reference: Callable[[Pcm16], str], ours: Callable[[Pcm16], str]) -> list[TextParity]:
-    """Greedy text of both on the golden clips."""
-    return [TextParity(name, reference(pcm), ours(pcm)) for name, pcm in golden_clips()]
-
-
 def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Cosine of the angle between two tensors as vectors; 1.0 if both are zero."""
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))

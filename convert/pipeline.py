@@ -94,9 +94,10 @@ class Build:
         with self.step("listen"):
             draft = self.work / "draft.tflite"
             bundle.write(draft, self.model, self.manifest(), minified(self.checkpoint.tokenizer_json))
-            self.texts = parity.compare_texts(
-                evaluate.reference_listener(self.checkpoint, "en"), evaluate.bundle_listener(draft, "en", self.work)
-            )
+            names, clips = zip(*parity.golden_clips(), strict=True)
+            expected = evaluate.reference_texts(self.checkpoint, clips, "en")
+            heard = evaluate.bundle_texts(draft, clips, "en")
+            self.texts = [TextParity(*texts) for texts in zip(names, expected, heard, strict=True)]
 
     def manifest(self) -> Manifest:
         """What the bundle will say of itself."""

@@ -1,0 +1,184 @@
+"""The ear: source, gate, engine link, telemetry and publisher, wired. The one module that knows all stages.
+
+Started from the sink to the source and stopped from the source to the sink, so that whatever a stage hands on always
+finds the next one there.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from whisperlet.audio import SAMPLE_RATE
+from whisperlet.bundle import Bundle
+from whisperlet.errors import AudioError
+
+from .config import Config
+from .health import Notifier
+from .messages import AudioChunk, SpeechChunk, Transcript
+from .mqtt import Publisher
+from .outbox import MemoryOutbox
+from .payloads import (
+    BundleInfo,
+    Clock,
+    InfoPayload,
+    Payload,
+    event_payload,
+    final_payload,
+    new_session,
+    partial_payload,
+    rfc3339,
+    to_envelope,
+    versions,
+)
+from .power import RaplMeter
+from .sources import Source
+from .supervisor import Supervisor
+from .telemetry import Delivery, Telemetry
+from .vad import Gate
+
+log = logging.getLogger(__name__)
+DRAIN_S = 10.0  # for the last finals when the agent stops
+FLUSH_S = 5.0  # for the last messages
+RUNTIME = "ai-edge-litert"
+
+
+def listen(
+    source: Source, gate: Gate, submit: Callable[[SpeechChunk], None], note: Callable[[AudioChunk], None]
+) -> None:
+    """Everything from the source through the gate, to its end. Raises AudioError."""
+    try:
+        for chunk in source:
+            note(chunk)
+            for speech in gate.feed(chunk):
+                submit(speech)
+    finally:
+        for speech in gate.flush():
+            submit(speech)
+
+
+class Pipeline:
+    """An agent at work. `run` listens until the source ends or `stop` is called from elsewhere."""
+
+    def __init__(
+        self, config: Config, bundle: Bundle, source: Callable[[Callable[[str, str], None]], Source], cache_dir: Path
+    ) -> None:
+        self.config = config
+        self.session = new_session()
+        self.telemetry = Telemetry(self.session, energy=RaplMeter().read)
+        self.outbox = MemoryOutbox(config.mqtt.queue_messages)
+        self.publisher = Publisher(named(config).mqtt, self.outbox, self._info(bundle), self.report)
+        self.supervisor = Supervisor(bundle.path, config.recogniser, cache_dir, self._deliver, self.report)
+        self.gate = Gate(config.vad)
+        self.source = source(self.report)
+        self._notifier = Notifier()
+        self._anchor = (0, time.monotonic())  # a sample, and when it was captured
+        self._stopping = threading.Event()
+        self._pulse = threading.Thread(target=self._run_pulse, name="pulse", daemon=True)
+
+    def run(self, *, realtime: bool) -> None:
+        """Listen. Without `realtime` the source waits for the engine. Raises BundleError or AudioError."""
+        self.publisher.start()
+        try:
+            log.info("engine ready in %.1f s", self.supervisor.start())
+            self._pulse.start()
+            self._notifier.ready()
+            listen(self.source, self.gate, lambda speech: self.supervisor.submit(speech, wait=not realtime), self._note)
+        except AudioError as error:
+            self.report("source_failed", str(error))
+            raise
+        finally:
+            self._shut_down()
+
+    def stop(self) -> None:
+        """Make `run` come to its end; may be called from a signal handler."""
+        self.source.close()
+
+    def _shut_down(self) -> None:
+        self._notifier.stopping()
+        self.source.close()
+        if not self.supervisor.drain(DRAIN_S if self.supervisor.pid else 0):
+            log.warning("stopped with %d segments unfinished", self.supervisor.backlog)
+        self.supervisor.stop()
+        self._stopping.set()
+        if self._pulse.ident is not None:
+            self._pulse.join()
+        self.publisher.stop(FLUSH_S)
+
+    def report(self, name: str, detail: str) -> None:
+        """Log and publish an event."""
+        log.warning("%s: %s", name, detail)
+        self.telemetry.counters.events += 1
+        self._publish(event_payload(self.session, name, detail))
+
+    def _note(self, chunk: AudioChunk) -> None:
+        self._anchor = (chunk.end, chunk.arrived_monotonic_s)
+
+    def _deliver(self, transcript: Transcript) -> None:
+        """Transcript -> payload; called from the engine link's thread."""
+        now_s = time.monotonic()
+        clock = Clock.at(time.time(), now_s, *self._anchor)
+        if transcript.is_final:
+            payload = final_payload(transcript, clock, self.session, now_s)
+        else:
+            payload = partial_payload(transcript, clock, self.session)
+        self.telemetry.add(payload)
+        if payload.text or payload.is_final:
+            self._publish(payload)
+
+    def _publish(self, payload: Payload) -> None:
+        self.publisher.put(to_envelope(payload))
+
+    def _run_pulse(self) -> None:
+        """Telemetry at its interval, signs of life at systemd's."""
+        interval_s = self.config.telemetry.interval_s
+        beat_s = min(interval_s, (self._notifier.watchdog_s or 2 * interval_s) / 2)
+        due_s = time.monotonic() + interval_s
+        while not self._stopping.wait(beat_s):
+            self._notifier.watchdog()
+            if time.monotonic() >= due_s:
+                due_s += interval_s
+                self._publish_telemetry()
+        self._publish_telemetry()
+
+    def _publish_telemetry(self) -> None:
+        counters, lost = self.telemetry.counters, self.source.counters
+        counters.engine_restarts = self.supervisor.counters.restarts
+        counters.dropped_samples, counters.source_overflows = lost.dropped_samples, lost.overflows
+        counts = self.publisher.counts()
+        delivery = Delivery(
+            depth=self.outbox.depth,
+            dropped=self.outbox.dropped(),
+            partials_dropped=counts.partials_dropped,
+            refused=counts.refused,
+            reconnects=max(0, counts.connects - 1),
+        )
+        self._publish(self.telemetry.snapshot(delivery, self.supervisor.backlog_s))
+
+    def _info(self, bundle: Bundle) -> InfoPayload:
+        manifest = bundle.manifest
+        return InfoPayload(
+            session=self.session,
+            started_utc=rfc3339(time.time()),
+            versions=versions(RUNTIME),
+            bundle=BundleInfo(
+                name=manifest.name, sha256=bundle.sha256, languages=sorted(manifest.vocabulary.languages) or ["en"]
+            ),
+            capabilities=["partials", "finals", "telemetry"]
+            if self.config.recogniser.partials
+            else ["finals", "telemetry"],
+            sample_rate_hz=SAMPLE_RATE,
+        )
+
+
+def named(config: Config) -> Config:
+    """The configuration with the host's name for a device that has none."""
+    if config.mqtt.device is not None:
+        return config
+    return msgspec.structs.replace(config, mqtt=msgspec.structs.replace(config.mqtt, device=socket.gethostname()))
