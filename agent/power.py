@@ -16,8 +16,8 @@ class RaplMeter:
     """Joules that the processor packages used between two readings."""
 
     def __init__(self, root: Path = POWERCAP) -> None:
-        # A package is intel-rapl:0, on AMD too; intel-rapl:0:1 is a part of it, intel-rapl-mmio:0 the same once more.
-        zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+        # On AMD too; a zone with another name is a part of a package, or, as psys, holds the packages once more.
+        zones = sorted(root.glob("intel-rapl:*"))
         self._packages = [zone for zone in zones if _text(zone / "name").startswith("package")]
         self._ranges_uj = [_number(zone / "max_energy_range_uj") for zone in self._packages]
         self._last_uj = self._read()

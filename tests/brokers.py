@@ -117,7 +117,10 @@ class Subscriber:
         """Payloads that came on a topic below the device's."""
         return [body for name, body, *_ in list(self.messages) if name.split("/", 2)[2] == topic]
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self._client.disconnect()
         self._client.loop_stop()
         self._client._reset_sockets()

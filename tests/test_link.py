@@ -66,6 +66,19 @@ def test_unreadable_password_names_file_and_key(tmp_path):
         Broker.of(MqttConfig(password_file=str(tmp_path / "bad")))
 
 
+def test_connect_goes_on_with_its_session_for_as_long_as_the_will_waits():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        config = MqttConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}", device="dev", will_delay_s=30)
+        link = Link(Broker.of(config), config, Envelope("status", b"{}", Kind.EVENT, retain=True), print)
+        link.connect()
+        with server.accept()[0] as connection:
+            packet = connection.recv(4096)
+        link.close()
+    assert packet[9] == 0b0010_1100  # will: retained, QoS 1, present; no clean start
+    assert packet[12:18] == b"\5\x11\0\0\0\x1e"  # properties, session expiry interval
+    assert b"\5\x18\0\0\0\x1e\0\x15whisperlet/dev/status" in packet  # will delay interval
+
+
 @pytest.fixture
 def tls_broker(tmp_path):
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"

@@ -73,15 +73,6 @@ def broker(stopped_broker):
     return stopped_broker
 
 
-@contextmanager
-def listening(port):
-    subscriber = Subscriber(port)
-    try:
-        yield subscriber
-    finally:
-        subscriber.close()
-
-
 @pytest.fixture
 def links(monkeypatch):
     """Connections in the order they were made."""
@@ -99,7 +90,7 @@ def cut(link):
 def test_status_and_info_are_retained(broker):
     with running(broker.port) as agent:
         wait_for(lambda: agent.is_connected and not agent._in_flight)
-        with listening(broker.port) as subscriber:
+        with Subscriber(broker.port) as subscriber:
             wait_for(lambda: subscriber.on("status") and subscriber.on("info"))
             retained = {topic: (body, qos) for topic, body, qos, retained in subscriber.messages if retained}
     status, qos = retained["whisperlet/dev/status"]
@@ -110,19 +101,19 @@ def test_status_and_info_are_retained(broker):
 @needs_mosquitto
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
 def test_last_will_says_offline(broker, version, links, monkeypatch):
-    with listening(broker.port) as subscriber, running(broker.port, version=version) as agent:
+    with Subscriber(broker.port) as subscriber, running(broker.port, version=version) as agent:
         wait_for(lambda: subscriber.on("status"))
         monkeypatch.setattr(Link, "connect", lambda self: (_ for _ in ()).throw(OSError("the cable is out")))
         cut(links[0])
         wait_for(lambda: len(subscriber.on("status")) == 2)
         will = {"state": "offline", "reason": "connection_lost", "session": "s1", "time_utc": None}
         assert subscriber.on("status")[1] == will
-        assert not agent.is_connected
+        wait_for(lambda: not agent.is_connected)
 
 
 @needs_mosquitto
 def test_the_will_waits_for_its_delay(broker, links):
-    with listening(broker.port) as subscriber, running(broker.port, will_delay_s=60) as agent:
+    with Subscriber(broker.port) as subscriber, running(broker.port, will_delay_s=60) as agent:
         wait_for(lambda: subscriber.on("status"))
         cut(links[0])
         wait_for(lambda: agent.counts().connects == 2)
@@ -137,7 +128,7 @@ def test_finals_wait_for_the_broker_in_order(stopped_broker):
             agent.put(final(n))
         assert agent.outbox.depth == 100
         stopped_broker.start()
-        with listening(stopped_broker.port) as subscriber:
+        with Subscriber(stopped_broker.port) as subscriber:
             agent.put(final(100))
             wait_for(lambda: agent.outbox.depth == 0)
             wait_for(lambda: 100 in numbers(subscriber.on("transcript/final")))
@@ -147,8 +138,17 @@ def test_finals_wait_for_the_broker_in_order(stopped_broker):
 
 
 @needs_mosquitto
+def test_delivery_begins_at_once(broker):
+    with running(broker.port) as agent:
+        wait_for(lambda: agent.is_connected and not agent._in_flight)
+        time.sleep(0.05)  # it sleeps in `select` now
+        agent.put(final(1))
+        wait_for(lambda: agent.outbox.depth == 0, timeout_s=0.5)
+
+
+@needs_mosquitto
 def test_nothing_is_lost_when_the_broker_dies(broker):
-    with running(broker.port) as agent, listening(broker.port) as subscriber:
+    with running(broker.port) as agent, Subscriber(broker.port) as subscriber:
         for n in range(40):
             agent.put(final(n))
             if n == 20:
@@ -164,7 +164,7 @@ def test_nothing_is_lost_when_the_broker_dies(broker):
 @needs_mosquitto
 def test_unacknowledged_messages_are_sent_again(broker, links, monkeypatch):
     monkeypatch.setattr(MemoryOutbox, "ack", lambda self, message_id: self._in_flight.__getitem__(message_id))
-    with listening(broker.port) as subscriber, running(broker.port, stop_s=0.1) as agent:
+    with Subscriber(broker.port) as subscriber, running(broker.port, stop_s=0.1) as agent:
         for n in range(5):
             agent.put(final(n))
         wait_for(lambda: len(subscriber.on("transcript/final")) == 5)
@@ -238,7 +238,7 @@ def test_partials_are_for_now_or_never(stopped_broker):
             agent.put(partial(n))
         assert agent.counts().partials_dropped == 3
         stopped_broker.start()
-        with listening(stopped_broker.port) as subscriber:
+        with Subscriber(stopped_broker.port) as subscriber:
             wait_for(lambda: agent.is_connected)
             agent.put(partial(3))
             wait_for(lambda: subscriber.on("transcript/partial"))
@@ -250,13 +250,14 @@ def test_partials_are_for_now_or_never(stopped_broker):
 
 def test_the_oldest_partial_goes_when_too_many_wait():
     agent = Agent(free_port())
+    agent.put(partial(99))  # no connection, nothing to wait for
     agent._is_connected = True
     for n in range(MAX_PARTIALS + 2):
         agent.put(partial(n))
     assert [msgspec.json.decode(envelope.payload)["n"] for envelope in agent._partials] == list(
         range(2, MAX_PARTIALS + 2)
     )
-    assert agent.counts().partials_dropped == 2
+    assert agent.counts().partials_dropped == 3
     agent.stop(0)
 
 
@@ -271,7 +272,7 @@ def test_stop_delivers_says_goodbye_and_leaves_nothing(broker, version):
     agent.stop(5)
     assert set(threading.enumerate()) == threads
     assert agent.outbox.depth == 0
-    with listening(broker.port) as subscriber:
+    with Subscriber(broker.port) as subscriber:
         wait_for(lambda: subscriber.on("status"))
         status = subscriber.on("status")[0]
         assert (status["state"], status["reason"]) == ("offline", "stopped")

@@ -89,7 +89,7 @@ def test_usage_counts_children_and_survives_their_end():
     usage = Usage()
     context = multiprocessing.get_context("spawn")
     may_end = context.Event()
-    child = context.Process(target=_burn, args=(0.2, may_end))
+    child = context.Process(target=_burn, args=(0.2, may_end), daemon=True)
     child.start()
     burnt = 0.0
     until = time.monotonic() + 20
