@@ -27,6 +27,14 @@ def test_ring_hands_over_in_order():
         ring.get(0)
 
 
+def test_ring_that_is_read_drops_nothing():
+    ring = Ring(10)
+    ring.put(b"", 4, 0.0)
+    for _ in range(5):
+        assert ring.put(b"", 4, 0.0) == 0
+        ring.get(0)
+
+
 def test_ring_drops_the_oldest_and_counts():
     ring = Ring(10)
     assert [ring.put(b"", n, 0.0) for n in (4, 4, 4, 2, 10)] == [0, 0, 4, 0, 10]

@@ -140,13 +140,16 @@ def test_a_truncated_file_never_crashes(tmp_path):
 
 
 def test_a_directory_plays_its_audio_files_in_name_order(tmp_path, speech):
-    for name, part in {"b.wav": speech[5000:9000], "a.FLAC": speech[:5000]}.items():
+    names = ["a.FLAC", *(f"{letter}.wav" for letter in "bcdefgh")]
+    for i, name in reversed(list(enumerate(names))):
+        part = speech[5000 + 400 * i : 5400 + 400 * i]
         soundfile.write(tmp_path / name, part, SAMPLE_RATE, format=name[2:].upper())
     (tmp_path / "notes.txt").write_text("not audio")
     chunks = list(open_source(str(tmp_path), CONFIG))
-    np.testing.assert_array_equal(np.concatenate([c.samples for c in chunks]), speech[:9000])
+    np.testing.assert_array_equal(np.concatenate([c.samples for c in chunks]), speech[5000:8200])
     jumps = [(a.end, b.start) for a, b in itertools.pairwise(chunks) if a.end != b.start]
-    assert jumps == [(5000, 5000 + BETWEEN_FILES)]
+    starts = [i * (400 + BETWEEN_FILES) for i in range(8)]
+    assert jumps == [(a + 400, b) for a, b in itertools.pairwise(starts)]
 
 
 def test_closing_ends_a_file():

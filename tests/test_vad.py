@@ -104,6 +104,13 @@ def test_pre_roll_never_reaches_into_the_utterance_before(dialogue):
     assert second.start == first.speech_end < first.decision
 
 
+def test_an_utterance_does_not_count_towards_opening_the_next(monologue):
+    config = VadConfig(start_ms=1000, hang_over_ms=100, pre_roll_ms=0)
+    found = list(segments(monologue, config))
+    assert len(found) > 5
+    assert all(b.decision - a.decision >= samples(1_100) for a, b in itertools.pairwise(found))
+
+
 @pytest.mark.parametrize(("pause_s", "n_utterances"), [(0.3, 1), (1.0, 2)])
 def test_hang_over_bridges_short_pauses_only(pause_s, n_utterances):
     word = clip("1089-134691-0000")[5_000:21_000]
@@ -169,12 +176,12 @@ def test_a_cut_finds_the_only_pause(monologue):
 
 
 def test_silence_after_a_cut_makes_an_empty_segment():
-    talk = clip("1272-128104-0000")[samples(500) : samples(5_000)]
+    talk = clip("1272-128104-0000")[samples(500) : samples(4_800)]
     pcm = np.concatenate([talk, silence(3)])
-    config = VadConfig(max_segment_s=5.0, hang_over_ms=1000, cut_window_s=1.0)
+    config = VadConfig(max_segment_s=5.0, hang_over_ms=1000, cut_window_s=0.5)
     first, second = segments(pcm, config)
     assert (first.continues, second.continues) == (True, False)
-    assert second.start == second.speech_end == first.speech_end
+    assert second.start == second.speech_end == first.speech_end > len(talk)
     assert second.decision < len(pcm)
 
 
