@@ -45,7 +45,7 @@ class Encode(nn.Module):
         self.dims = dims
 
     def forward(self, mel: Tensor, offset: Tensor) -> dict[str, Tensor]:
-        """Log-mel (1, 2n, n_mels) and offset (1,) float32 -> cross_k_i (1, n_head, d_head, N), cross_v_i."""
+        """Log-mel (1, 2n, n_mels) and offset (1,) float32 -> cross_k_i, cross_v_i as in `cross_state`."""
         angles = (self.frames + offset)[:, None] * self.speeds[None]
         x = self.whisper.stem(mel) + torch.cat([angles.sin(), angles.cos()], -1)
         for layer in self.whisper.encoder_layers:
@@ -53,8 +53,8 @@ class Encode(nn.Module):
         x, padding, state = normalise(x), self.n_cross - self.n_frames, {}
         for i, layer in enumerate(self.whisper.decoder_layers):
             k, v = layer.cross.keys_values(x)
-            state[f"cross_k_{i}"] = F.pad(k, (0, padding))
-            state[f"cross_v_{i}"] = F.pad(v, (0, 0, 0, padding))
+            state[f"cross_k_{i}"] = F.pad(k, (0, 0, 0, padding))
+            state[f"cross_v_{i}"] = F.pad(v, (0, padding))
         return state
 
     def examples(self) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class Decode(nn.Module):
         for i, layer in enumerate(self.whisper.decoder_layers):
             y = normalise(x)
             k, v = layer.attention.keys_values(y)
-            k = out[f"self_k_{i}"] = _update(state[f"self_k_{i}"], k, 3, position)
+            k = out[f"self_k_{i}"] = _update(state[f"self_k_{i}"], k, 1, position)
             v = out[f"self_v_{i}"] = _update(state[f"self_v_{i}"], v, 2, position)
             x = x + layer.attention(y, k, v, self_mask)
             x = x + layer.cross(normalise(x), state[f"cross_k_{i}"], state[f"cross_v_{i}"], cross_mask)
@@ -100,7 +100,7 @@ def _update(state: Tensor, new: Tensor, axis: int, position: Tensor) -> Tensor:
     """`state` with `new` written at `position` along `axis`: one op of the runtime, not a masked sum."""
     from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_update_slice
 
-    start = [torch.tensor(0, dtype=torch.int32)] * 4
+    start = [torch.tensor(0, dtype=torch.int32)] * 3
     start[axis] = position[0]
     return dynamic_update_slice(state, new, start)  # type: ignore[no-any-return]
 
@@ -116,7 +116,7 @@ def self_state(dims: Dims) -> list[TensorSpec]:
 
 
 def _state(dims: Dims, kind: str, n: int) -> list[TensorSpec]:
-    keys, values = (1, dims.n_head, dims.d_head, n), (1, dims.n_head, n, dims.d_head)
+    keys, values = (dims.n_head, n, dims.d_head), (dims.n_head, dims.d_head, n)
     return [TensorSpec(name, keys if "_k_" in name else values) for name in kv_names(kind, dims.n_text_layer)]
 
 
