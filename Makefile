@@ -1,0 +1,91 @@
+# `make demo` needs Python 3.11 to 3.13 and make, nothing else. What is downloaded or built is kept outside the
+# checkout ($WHISPERLET_CACHE, else ~/.cache/whisperlet, and pip's own cache), so a fresh clone is soon ready.
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
+	&& echo $$python && break; done)
+RECIPE ?= base_wi8
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	$(BIN)/python -m pip install -qq --no-input
+BUNDLE := build/$(RECIPE).tflite
+BUNDLE_SOURCES := $(sort $(wildcard convert/*.py convert/golden/* whisperlet/*.py) convert/recipes/$(RECIPE).toml) \
+	constraints.txt
+CACHE := $(or $(WHISPERLET_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/whisperlet)/bundles
+SYSTEM_PACKAGES := mosquitto portaudio19-dev pulseaudio
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help venv mic system bundle demo test lint schemas clean
+
+help:
+	@echo 'make demo     set everything up and watch the agent work, over MQTT, on recorded speech'
+	@echo 'make bundle   build/$(RECIPE).tflite; RECIPE=NAME for another of convert/recipes/'
+	@echo 'make test     lint, then all tests'
+	@echo 'make venv     .venv with everything installed; PYTHON=... to choose the interpreter'
+	@echo 'make lint     ruff and mypy'
+	@echo 'make schemas  docs/schema from the code'
+	@echo 'make clean    remove what was built, but not .venv'
+
+venv: $(STAMP) mic
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'no Python 3.11, 3.12 or 3.13 found; say make PYTHON=/path/to/python'; exit 1; }
+	@echo 'installing into .venv, which takes some minutes the first time'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP_INSTALL) -e '.[agent,convert,dev]'
+	@rm -f .venv/.mic && touch $@
+
+# An extra of its own since it has no wheel: everything but the live microphone works without it.
+mic: $(STAMP)
+	@test -e .venv/.mic || \
+	if ! echo '#include <portaudio.h>' | cc -E - >/dev/null 2>&1; then \
+		echo 'no PyAudio, so no live microphone: it needs gcc and portaudio.h (apt install gcc portaudio19-dev)'; \
+	elif $(PIP_INSTALL) -e '.[mic]' >.venv/mic.log 2>&1; then \
+		touch .venv/.mic; \
+	else \
+		echo 'no PyAudio, so no live microphone: it does not build, see .venv/mic.log'; \
+	fi
+
+# For tests; those that find a program missing skip themselves and say so.
+system:
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && ! dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1; then \
+		echo 'installing $(SYSTEM_PACKAGES)'; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(SYSTEM_PACKAGES); } >/dev/null \
+		|| echo 'that failed; the tests that need them will be skipped'; \
+	fi
+
+bundle: $(STAMP) $(BUNDLE)
+
+# A bundle is kept under a hash over all that it is made from, so that equal sources build it once.
+$(BUNDLE): $(BUNDLE_SOURCES) | $(STAMP)
+	@mkdir -p build "$(CACHE)"
+	@key=$$(sha256sum $(BUNDLE_SOURCES) | sha256sum | cut -c -16); kept="$(CACHE)/$(RECIPE)-$$key"; \
+	if [ -e "$$kept.tflite" ]; then \
+		echo "$@: taken from $$kept.tflite"; \
+		cp "$$kept.json" build/$(RECIPE).json && cp "$$kept.tflite" $@; \
+	else \
+		echo 'building $@'; \
+		$(BIN)/python -m convert build $(RECIPE) --out build && \
+		cp build/$(RECIPE).json "$$kept.json" && cp $@ "$$kept.part" && mv "$$kept.part" "$$kept.tflite"; \
+	fi
+
+demo: venv bundle
+	@$(BIN)/python demo/demo.py $(BUNDLE)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+test: system venv lint bundle
+	@$(BIN)/python -m pytest
+
+schemas: $(STAMP)
+	@$(BIN)/python -m agent.payloads docs/schema
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
