@@ -173,15 +173,15 @@ class _Shifted(io.RawIOBase):
 def open_bundle(path: Path) -> Bundle:
     """Read and verify. Raises BundleError with one sentence naming the file and the reason."""
     try:
-        model_end, whole = _zip_start(path), path.stat().st_size
-        model_sha256, sha256 = _digests(path, model_end, whole - COMMENT_BYTES)
-        entries, comment = _read_zip(path)
+        model_end = _zip_start(path)
+        model_sha256, sha256, comment = _digests(path, model_end)
+        if comment != COMMENT_PREFIX + sha256.encode():  # nothing is unpacked before its bytes are known to be right
+            raise BundleError(f"{path}: is damaged: its bytes do not match their sha256")
+        entries = _read_zip(path)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (zipfile.BadZipFile, EOFError, ValueError, KeyError, NotImplementedError) as error:
         raise BundleError(f"{path}: is not a whisperlet bundle, or is truncated: {error}") from None
-    if comment != COMMENT_PREFIX + sha256.encode():
-        raise BundleError(f"{path}: is damaged: its bytes do not match their sha256")
     manifest = _manifest(path, entries[MANIFEST])
     if (manifest.model_bytes, manifest.model_sha256) != (model_end, model_sha256):
         raise BundleError(f"{path}: is damaged: the model's bytes do not match the sha256 in {MANIFEST}")
@@ -197,22 +197,22 @@ def _zip_start(path: Path) -> int:
         return min(info.header_offset for info in archive.infolist())
 
 
-def _read_zip(path: Path) -> tuple[dict[str, bytes], bytes]:
+def _read_zip(path: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
-        if MANIFEST not in entries or TOKENIZER not in entries:
-            raise KeyError(f"it lacks {MANIFEST} or {TOKENIZER}")
-        return entries, archive.comment
+    if MANIFEST not in entries or TOKENIZER not in entries:
+        raise KeyError(f"it lacks {MANIFEST} or {TOKENIZER}")
+    return entries
 
 
-def _digests(path: Path, model_end: int, end: int) -> tuple[str, str]:
-    """sha256 of the model alone and of the model with the zip, in one pass."""
+def _digests(path: Path, model_end: int) -> tuple[str, str, bytes]:
+    """sha256 of the model alone and of the model with the zip, and the comment after them, in one pass."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         _update(digest, file, model_end)
         model = digest.hexdigest()
-        _update(digest, file, end - model_end)
-    return model, digest.hexdigest()
+        _update(digest, file, path.stat().st_size - COMMENT_BYTES - model_end)
+        return model, digest.hexdigest(), file.read()
 
 
 def _update(digest: Any, file: Any, n: int) -> None:
