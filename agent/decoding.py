@@ -112,7 +112,7 @@ def greedy(
             tokens.append(token)
             kept, looped = _kept(tokens, vocabulary.eot, limit)
             if kept is not None:
-                counted = logprobs[: kept + 1]
+                counted = logprobs[: min(kept + 1, len(tokens))]  # a pass may have gone on past the limit
                 return Hypothesis(tokens[:kept], sum(counted) / len(counted), no_speech_prob, looped)
 
 
