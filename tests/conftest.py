@@ -1,0 +1,65 @@
+"""What more than one test needs: a toy Whisper as a bundle, the real bundle, recordings."""
+
+import os
+from pathlib import Path
+
+import pytest
+import toy
+
+from agent.engine import InterpreterEngine, LiteRtEngine
+from whisperlet.bundle import open_bundle
+
+
+@pytest.fixture(scope="session")
+def toy_folder(pytestconfig, tmp_path_factory):
+    """Checkpoint, float and quantised .tflite, bundle and report of the toy, built at most once a session."""
+    return toy.built_once(pytestconfig.cache.mkdir("toy"), tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def toy_path(toy_folder):
+    return toy_folder / "toy.tflite"
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy_path):
+    return open_bundle(toy_path)
+
+
+@pytest.fixture(scope="session")
+def weight_caches(tmp_path_factory):
+    """Where engines keep packed weights while testing."""
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.fixture(scope="session")
+def litert(toy_bundle, weight_caches):
+    return LiteRtEngine(toy_bundle, 1, weight_caches)
+
+
+@pytest.fixture(scope="session")
+def interpreter(toy_bundle):
+    from ai_edge_litert.interpreter import Interpreter
+
+    return InterpreterEngine(toy_bundle, 1, Interpreter)
+
+
+@pytest.fixture(scope="session")
+def real_bundle():
+    path = Path(os.environ.get("WHISPERLET_BUNDLE", toy.REPOSITORY / "build" / "base_wi8.tflite"))
+    if not path.is_file():
+        pytest.skip(f"there is no {path.name}; `make bundle` builds it, or WHISPERLET_BUNDLE names one")
+    return open_bundle(path)
+
+
+@pytest.fixture(scope="session")
+def speech_dir():
+    path = Path(os.environ.get("WHISPERLET_SPEECH", toy.REPOSITORY.parent / "shared" / "speech"))
+    if not path.is_dir():
+        pytest.skip("the recordings are not there; WHISPERLET_SPEECH names their folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def clips():
+    return sorted((toy.REPOSITORY / "demo" / "speech").glob("*.flac"))
