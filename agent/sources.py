@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from whisperlet.audio import SAMPLE_RATE, Pcm16, samples, seconds
+from whisperlet.audio import Pcm16, samples, seconds
 from whisperlet.errors import AudioError
 
 from .audio_files import audio_paths, read_blocks, read_file
@@ -25,7 +25,7 @@ from .ring import SourceCounters
 
 __all__ = ["AudioFiles", "Paced", "RawPcm", "Source", "SourceCounters", "open_source", "paced", "read_file"]
 
-BETWEEN_FILES = SAMPLE_RATE  # a directory's clips lie this far apart, so that speech never runs from one into the next
+PAUSE = samples(1500)  # of silence after each of a directory's clips: what was said ends there, as before a microphone
 POLL_S = 0.1  # how soon a reader of a silent pipe notices that it was closed
 
 
@@ -60,33 +60,39 @@ def open_source(
         return ReopeningMicrophone(config, on_event, must_exist=must_exist)
     if name == "-":
         return RawPcm(stdin or sys.stdin.buffer, config.chunk_ms, clock)
-    return AudioFiles(audio_paths(Path(name)), config.chunk_ms, clock)
+    return AudioFiles(audio_paths(Path(name)), config.chunk_ms, clock, pause=PAUSE if Path(name).is_dir() else 0)
 
 
 class AudioFiles:
-    """Files one after the other, as fast as they are read."""
+    """Files one after the other, each followed by `pause` samples of silence, as fast as they are read."""
 
-    def __init__(self, paths: list[Path], chunk_ms: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, paths: list[Path], chunk_ms: int, clock: Callable[[], float] = time.monotonic, *, pause: int = 0
+    ) -> None:
         self.counters = SourceCounters()
         self._paths = paths
         self._chunk = samples(chunk_ms)
         self._clock = clock
+        self._pause = pause
         self._closed = threading.Event()
 
     def __iter__(self) -> Iterator[AudioChunk]:
-        """Chunks of each file; `start` jumps by a second between two of them."""
+        """Chunks without a gap."""
         start = 0
-        for path in self._paths:
-            for pcm in rechunked(read_blocks(path), self._chunk):
-                if self._closed.is_set():
-                    return
-                yield AudioChunk(pcm, start, self._clock())
-                start += len(pcm)
-            start += BETWEEN_FILES
+        for pcm in rechunked(self._blocks(), self._chunk):
+            if self._closed.is_set():
+                return
+            yield AudioChunk(pcm, start, self._clock())
+            start += len(pcm)
 
     def close(self) -> None:
         """Stop before the next chunk."""
         self._closed.set()
+
+    def _blocks(self) -> Iterator[Pcm16]:
+        for path in self._paths:
+            yield from read_blocks(path)
+            yield np.zeros(self._pause, np.int16)
 
 
 class RawPcm:
