@@ -80,6 +80,7 @@ lint: $(STAMP)
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@$(BIN)/mypy demo/demo.py
 
 test: system venv lint bundle
 	@$(BIN)/python -m pytest
