@@ -124,11 +124,19 @@ def _key_and_reason(message: str) -> str:
 
 def _checked(config: Config, origin: str) -> Config:
     """What types cannot say."""
-    url = urlsplit(config.mqtt.url)
-    if url.scheme not in ("mqtt", "mqtts") or not url.hostname:
+    if not _is_broker(config.mqtt.url):
         raise ConfigError(f"{origin}: mqtt.url: {config.mqtt.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
     if config.mqtt.device is not None and not re.fullmatch(r"[^/+#\0]+", config.mqtt.device):
         raise ConfigError(f"{origin}: mqtt.device: {config.mqtt.device!r} is empty or contains one of / + #")
     if config.vad.cut_window_s >= config.vad.max_segment_s:
         raise ConfigError(f"{origin}: vad.cut_window_s: must be less than vad.max_segment_s")
     return config
+
+
+def _is_broker(url: str) -> bool:
+    """Whether scheme, host and port are there and make sense."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("mqtt", "mqtts") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an open bracket, or a port that is not a number up to 65535
+        return False
