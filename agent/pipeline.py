@@ -76,7 +76,7 @@ class Pipeline:
         self.publisher = Publisher(named(config).mqtt, self.outbox, self._info(bundle), self.report)
         self.supervisor = Supervisor(bundle.path, config.recogniser, cache_dir, self._deliver, self.report)
         self.gate = Gate(config.vad)
-        self.source = source(self.report)
+        self.source = source(self._on_source_event)
         self._notifier = Notifier()
         self._anchor = (0, time.monotonic())  # a sample, and when it was captured
         self._stopping = threading.Event()
@@ -110,6 +110,13 @@ class Pipeline:
         if self._pulse.ident is not None:
             self._pulse.join()
         self.publisher.stop(FLUSH_S)
+
+    def _on_source_event(self, name: str, detail: str) -> None:
+        """Called from the thread that reads the source."""
+        if name == "microphone_lost":  # whoever was speaking is not left waiting for its return
+            for speech in self.gate.flush():
+                self.supervisor.submit(speech)
+        self.report(name, detail)
 
     def report(self, name: str, detail: str) -> None:
         """Log and publish an event."""

@@ -49,6 +49,9 @@ class Heard(msgspec.Struct, frozen=True):
     decode_ms: float
 
 
+NOTHING_HEARD = Heard(Hypothesis([], avg_logprob=0.0, no_speech_prob=1.0, looped=False), "", 0.0, 0.0)
+
+
 class _Bound:
     """An engine with the state that it is to work on."""
 
@@ -108,6 +111,8 @@ class Transcriber:
         assert segment.last is not None, "the segment goes on"
         self._segment = None
         end = segment.last.speech_end - segment.start
+        if end <= 0:  # what follows a forced cut may hold no speech
+            return self._transcript(segment, NOTHING_HEARD, 0)
         heard = self._hear(segment, end)
         if heard.hypothesis.looped:  # more silence ends most loops
             heard = self._hear(segment, end, full_window=True)

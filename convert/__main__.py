@@ -49,6 +49,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A .tflite bundle; or a source as in a recipe: PyTorch, full window.")],
     manifest: Annotated[Path, typer.Argument(help="manifest.jsonl of a set of recordings, or its folder.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N clips.")] = None,
+    max_s: Annotated[float | None, typer.Option(min=0, help="Leave out clips that are longer, in seconds.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     json: Annotated[Path | None, typer.Option(help="Write everything here.")] = None,
     segment: Annotated[bool, typer.Option("--segment", help="Let the gate cut; join the finals.")] = False,
@@ -59,7 +60,7 @@ def evaluate(
     from . import speechset, tables
     from .evaluate import Options
 
-    clips = speechset.read(manifest, limit)
+    clips = speechset.read(manifest, limit, max_s)
     options = Options(threads=threads, segment=segment, pace=pace, detect_language=detect_language)
     tables.run_evaluation(model, manifest, clips, options, json)
 

@@ -7,11 +7,13 @@ flatbuffer, reached by offset, each aligned as the runtime wants it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .portable import move_scales_out
 
 ALIGNMENT = 64  # bytes, what the runtime asks of host memory
 IDENTIFIER = b"TFL3"
@@ -29,20 +31,43 @@ class _Once:
         return self.offset
 
 
-def compact(source: Path, target: Path) -> None:
-    """Rewrite the .tflite at `source` to `target`."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    data = source.read_bytes()
-    model = schema.ModelT.InitFromPackedBuf(data, 0)
-    contents = [_content(buffer, data) for buffer in model.buffers]
-    _share_buffers(model, contents)
+def compact(sources: Sequence[Path], target: Path) -> None:
+    """Rewrite the signatures of several .tflite files as one."""
+    models, contents = zip(*(_read(path) for path in sources), strict=True)
+    model, content = models[0], contents[0]
+    for other, its_content in zip(models[1:], contents[1:], strict=True):
+        _append(model, other)
+        content += its_content
+    move_scales_out(model, content)
+    _share_buffers(model, content)
     _share_quantisation(model)
     _drop_names(model)
-    used = [i for i, content in enumerate(contents) if content]
-    for i in used:
-        model.buffers[i].data, model.buffers[i].offset, model.buffers[i].size = None, 1, len(contents[i])
-    target.write_bytes(b"".join(_laid_out(_packed(model), {i: contents[i] for i in used})))
+    used = {i: data for i, data in enumerate(content) if data}
+    for i, data in used.items():
+        model.buffers[i].data, model.buffers[i].offset, model.buffers[i].size = None, 1, len(data)
+    target.write_bytes(b"".join(_laid_out(_packed(model), used)))
+
+
+def _read(path: Path) -> tuple[Any, list[bytes]]:
+    """A model as objects, and the bytes of its buffers."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    data = path.read_bytes()
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    return model, [_content(buffer, data) for buffer in model.buffers]
+
+
+def _append(model: Any, other: Any) -> None:
+    """Add the subgraphs of another model; what they refer to by index comes after what is there."""
+    for tensor in _tensors(other):
+        tensor.buffer += len(model.buffers)
+    for graph in other.subgraphs:
+        for operator in graph.operators:
+            operator.opcodeIndex += len(model.operatorCodes)
+    for signature in other.signatureDefs:
+        signature.subgraphIndex += len(model.subgraphs)
+    for name in ("buffers", "operatorCodes", "subgraphs", "signatureDefs"):
+        getattr(model, name).extend(getattr(other, name))
 
 
 def _content(buffer: Any, data: bytes) -> bytes:

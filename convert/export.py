@@ -1,10 +1,19 @@
-"""PyTorch -> one float .tflite with every signature, through litert-torch."""
+"""PyTorch -> float .tflite, through litert-torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
+
+import torch
+from rich.text import Text
 
 from whisperlet.bundle import Dims, GraphSpec
 
@@ -28,17 +37,75 @@ def model_dims(model: Any, n_text_ctx: int) -> Dims:
 
 
 def export_float(
-    whisper: FoldedWhisper, dims: Dims, stage: Export, path: Path, on_signature: Callable[[str], None] = lambda _: None
-) -> list[GraphSpec]:
-    """Write all signatures to one .tflite, float32; returns what they are."""
+    whisper: FoldedWhisper, dims: Dims, stage: Export, work: Path, on_step: Callable[[str], None] = lambda _: None
+) -> tuple[list[GraphSpec], list[Path]]:
+    """Write all signatures as float32 .tflite files into `work`; what they are, and the files.
+
+    Encoder and decoder share no matrix, so each half is converted in a process of its own, at the same time: the
+    converter is slow Python and gives its memory back only with its process. `on_step` is called twice a signature.
+    """
+    modules = work / "folded.pt"
+    torch.save(whisper, modules)
+    context = get_context("spawn")
+    steps = context.SimpleQueue()
+    with ProcessPoolExecutor(len(HALVES), context, initializer=_begin, initargs=(steps, work / "tools.log")) as pool:
+        jobs = [pool.submit(_export_half, modules, dims, stage, work / f"{half}float.tflite", half) for half in HALVES]
+        while wait(jobs, timeout=0.2).not_done:
+            while not steps.empty():
+                on_step(steps.get())
+        paths = [job.result() for job in jobs]
+    return [spec for spec, _ in signatures(whisper, dims, stage)], paths
+
+
+HALVES = ("encode_", "decode_")
+_steps: SimpleQueue[str] | None = None
+
+
+def _begin(steps: SimpleQueue[str], log: Path) -> None:
+    """Set a process up: what the tools say goes to a file, how far they are to the queue."""
+    global _steps  # noqa: PLW0603 - a pool's initialiser has no other way to hand something on
+    _steps = steps
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _export_half(modules: Path, dims: Dims, stage: Export, path: Path, half: str) -> Path:
+    """Convert the signatures whose names begin with `half`; runs in a process of its own."""
     import litert_torch
 
+    assert _steps is not None
+    whisper = torch.load(modules, weights_only=False, mmap=True)
     converter: Any = litert_torch
-    specs = []
     for spec, module in signatures(whisper, dims, stage):
-        on_signature(spec.name)
-        converter = converter.signature(spec.name, module.eval(), sample_kwargs=module.examples())
-        specs.append(spec)
-    on_signature("convert")
-    converter.convert().export(str(path))
-    return specs
+        if spec.name.startswith(half):
+            converter = converter.signature(spec.name, module.eval(), sample_kwargs=module.examples())
+    with _overheard(_steps.put):
+        converter.convert().export(str(path))
+    return path
+
+
+class _Eavesdropper:
+    """Stands in for the console on which litert-torch announces its steps."""
+
+    STEP = re.compile(r"\[START\].* > (Torch Export|Lower to MLIR): (\w+)$")
+
+    def __init__(self, on_step: Callable[[str], None]) -> None:
+        self._on_step = on_step
+
+    def print(self, message: str) -> None:
+        step = self.STEP.search(Text.from_markup(message).plain)
+        if step:
+            self._on_step(step[2])
+
+
+@contextlib.contextmanager
+def _overheard(on_step: Callable[[str], None]) -> Iterator[None]:
+    """Converting takes minutes and has no callback; what it prints says how far it is."""
+    from litert_torch import progress
+
+    console, progress.console = progress.console, _Eavesdropper(on_step)
+    try:
+        yield
+    finally:
+        progress.console = console

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 LAYER_NORM_EPS = 1e-5
-MAX_QUERIES = 512  # at once: the scores of a whole 30 s window would take 72 MB
+MAX_SCORES = 4_600_000  # computed at once, over heads, queries and keys: a whole 30 s window has 18 million, 72 MB
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -71,14 +71,20 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from `normalise`d x (1, n, d_model) to keys and values; mask is added to the scores."""
-        queries = self.heads(self.query(x))
-        parts = [queries[:, i : i + MAX_QUERIES] for i in range(0, x.shape[1], MAX_QUERIES)]
-        found = (
-            torch.cat([self._attend(q, k, v, mask) for q in parts], 1)
-            if parts[1:]
-            else self._attend(queries, k, v, mask)
-        )
+        q = self.heads(self.query(x))
+        n = self._heads_at_once(x.shape[1] * k.shape[1])
+        groups = [self._attend(q[i : i + n], k[i : i + n], v[i : i + n], mask) for i in range(0, self.n_head, n)]
+        found = torch.cat(groups) if len(groups) > 1 else groups[0]
         return self.out(found.transpose(0, 1).reshape(1, x.shape[1], -1))  # type: ignore[no-any-return]
+
+    def _heads_at_once(self, n_scores: int) -> int:
+        """The largest divisor of the number of heads whose scores stay below `MAX_SCORES`, but never one head.
+
+        A product of two single matrices would be exported as a linear layer with changing weights, which is slow.
+        """
+        divisors = [n for n in range(2, self.n_head + 1) if self.n_head % n == 0]
+        fitting = [n for n in divisors if n * n_scores <= MAX_SCORES]
+        return max(fitting, default=divisors[0] if divisors else 1)
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ Whisper's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -81,26 +81,34 @@ class Probe:
         return self._cross[n_cross]
 
 
-def run_signature(path: Path, name: str, inputs: dict[str, torch.Tensor]) -> Tensors:
-    """Outputs of one signature. A fresh interpreter each time: the float model unpacks its weights for every graph."""
-    from ai_edge_litert.interpreter import Interpreter
+class Runner:
+    """Signatures of some .tflite files on TensorFlow Lite's interpreter, the fallback runtime of the agent."""
 
-    runner = Interpreter(str(path), num_threads=2).get_signature_runner(name)
-    outputs: Tensors = runner(**{key: value.numpy() for key, value in inputs.items()})
-    return outputs
+    def __init__(self, paths: Sequence[Path]) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreters = [Interpreter(str(path), num_threads=2) for path in paths]
+        self._by_signature = {name: one for one in interpreters for name in one.get_signature_list()}
+
+    def run(self, signature: str, inputs: dict[str, torch.Tensor]) -> Tensors:
+        """Outputs of one signature."""
+        runner = self._by_signature[signature].get_signature_runner(signature)
+        outputs: Tensors = runner(**{key: value.numpy() for key, value in inputs.items()})
+        return outputs
 
 
 @torch.inference_mode()
 def compare_signatures(
-    probe: Probe, float_path: Path, int8_path: Path, on_signature: Callable[[str], None] = lambda _: None
+    probe: Probe, float_paths: Sequence[Path], int8_path: Path, on_signature: Callable[[str], None] = lambda _: None
 ) -> list[SignatureParity]:
     """One row a signature. Raises ModelError where one is further off than rounding explains."""
     rows = []
+    runners = Runner(float_paths), Runner([int8_path])
     for spec, module in signatures(probe.whisper, probe.dims, probe.stage):
         on_signature(spec.name)
         inputs = probe.inputs(module)
         expected = {key: value.numpy() for key, value in module(**inputs).items()}
-        from_float, from_int8 = (run_signature(path, spec.name, inputs) for path in (float_path, int8_path))
+        from_float, from_int8 = (runner.run(spec.name, inputs) for runner in runners)
         row = SignatureParity(
             spec.name,
             float_max_abs=_max_abs(expected, from_float),

@@ -50,8 +50,9 @@ class Build:
         self.recipe, self.work, self.progress = recipe, work, progress
         self.stages = recipes.stages(recipe)
         self.seconds: dict[str, float] = {}
-        self.float_model, self.model = work / "float.tflite", work / "model.tflite"
+        self.model = work / "model.tflite"
         self.graphs: list[GraphSpec] = []
+        self.floats: list[Path] = []
 
     @contextlib.contextmanager
     def step(self, name: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
@@ -76,21 +77,23 @@ class Build:
 
     def run_export(self, stage: Export) -> None:
         """Modules -> float .tflite, and how far folding moved the logits."""
-        with self.step("export", stage.n_signatures + 1) as advance:
-            self.graphs = export.export_float(self.whisper, self.dims, stage, self.float_model, advance)
+        with self.step("export", 2 * stage.n_signatures) as advance:
+            self.graphs, self.floats = export.export_float(self.whisper, self.dims, stage, self.work, advance)
 
     def run_quantise(self, stage: Quantise) -> None:
         """Float .tflite -> int8 .tflite, everything in it once."""
         with self.step("quantise"):
-            quantise.quantise(stage, self.float_model, self.work / "quantised.tflite")
-            compact.compact(self.work / "quantised.tflite", self.model)
+            quantised = [path.with_suffix(".int8.tflite") for path in self.floats]
+            for source, target in zip(self.floats, quantised, strict=True):
+                quantise.quantise(stage, source, target)
+            compact.compact(quantised, self.model)
 
     def check(self, stage: Export) -> None:
         """Compare every signature, then the text of the golden clips."""
         probe = parity.Probe(self.whisper, self.dims, stage, self._probe_tokens())
         with self.step("compare", stage.n_signatures) as advance:
             self.folding_max_abs = parity.folding_error(self.checkpoint.model, probe)
-            self.parity = parity.compare_signatures(probe, self.float_model, self.model, advance)
+            self.parity = parity.compare_signatures(probe, self.floats, self.model, advance)
         with self.step("listen"):
             draft = self.work / "draft.tflite"
             bundle.write(draft, self.model, self.manifest(), minified(self.checkpoint.tokenizer_json))
@@ -128,7 +131,7 @@ class Build:
             bundle_bytes=target.stat().st_size,
             bundle_sha256=bundle.open_bundle(target).sha256,
             seconds=self.seconds,
-            peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            peak_rss_mb=_peak_rss_mb(),
             folding_max_abs=self.folding_max_abs,
             parity=self.parity,
             texts=self.texts,
@@ -154,6 +157,12 @@ def build(recipe: Recipe, out: Path, console: Console) -> Report:
         report = job.run_package(packaging, out / f"{recipe.name}.tflite")
     (out / f"{recipe.name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
     return report
+
+
+def _peak_rss_mb() -> float:
+    """At most: this process at its peak while both exporting ones are as large as the larger of them."""
+    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round((own + len(export.HALVES) * child) / 1024, 1)
 
 
 def minified(tokenizer_json: bytes) -> bytes:

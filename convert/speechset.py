@@ -28,14 +28,19 @@ class Clip(msgspec.Struct, frozen=True):
     language: str
 
 
-def read(manifest: Path, limit: int | None = None) -> list[Clip]:
-    """The first `limit` clips of a manifest, or of the one in a folder. Raises ConfigError naming file and line."""
+def read(manifest: Path, limit: int | None = None, max_s: float | None = None) -> list[Clip]:
+    """The first `limit` clips of a manifest, or of the one in a folder, that are no longer than `max_s`.
+
+    Raises ConfigError naming file and line.
+    """
     path = manifest / "manifest.jsonl" if manifest.is_dir() else manifest
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    clips = [_clip(path, number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]
+    entries = [_entry(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    kept = [entry for entry in entries if max_s is None or (entry.duration_s or 0.0) <= max_s][:limit]
+    clips = [Clip(entry.id, path.parent / entry.audio, entry.text, entry.language) for entry in kept]
     if not clips:
         raise ConfigError(f"{path}: names no clips")
     missing = [clip.audio.name for clip in clips if not clip.audio.is_file()]
@@ -44,9 +49,8 @@ def read(manifest: Path, limit: int | None = None) -> list[Clip]:
     return clips
 
 
-def _clip(path: Path, number: int, line: str) -> Clip:
+def _entry(path: Path, number: int, line: str) -> Entry:
     try:
-        entry = msgspec.json.decode(line, type=Entry)
+        return msgspec.json.decode(line, type=Entry)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path}: line {number}: {error}") from None
-    return Clip(entry.id, path.parent / entry.audio, entry.text, entry.language)
