@@ -5,8 +5,6 @@ The only part of the workstation that imports the agent.
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -28,6 +26,7 @@ from whisperlet.errors import ConfigError
 from whisperlet.tokenizer import Tokenizer
 
 from . import reference, scoring
+from .evaluation import Scored, Usage
 from .model import Checkpoint
 from .speechset import Clip
 
@@ -45,55 +44,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     pace: bool = False  # in real time, partials on
     detect_language: bool = False
     vad: VadConfig = VadConfig()
-
-
-class Percentiles(msgspec.Struct, frozen=True):
-    """Milliseconds."""
-
-    p50: float
-    p95: float
-
-
-class Scored(msgspec.Struct, frozen=True):
-    """One clip."""
-
-    id: str
-    ref: str | None
-    hyp: str
-    duration_s: float
-    finalise_ms: float | None
-    end_to_final_ms: float | None
-    language: str
-    rejected: list[str]
-
-
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """What `--json` writes. Rates in percent."""
-
-    model: str
-    manifest: str
-    n: int
-    n_without_text: int
-    n_hallucinated: int  # clips without text in which text was heard
-    audio_s: float
-    wer: float | None  # over languages that are written with spaces
-    cer: float | None
-    bundle_bytes: int | None
-    finalise_ms: Percentiles | None
-    end_to_final_ms: Percentiles | None
-    core_s_per_audio_s: float | None
-    rss_mb: float | None
-    machine: str
-    threads: int
-    options: dict[str, Any]
-    utterances: list[Scored]
-
-
-class Usage(msgspec.Struct):
-    """What the engine processes took. Mutable."""
-
-    core_s: float = 0.0  # loading left out
-    rss_mb: float = 0.0  # peak
 
 
 def evaluate_bundle(
@@ -276,57 +226,6 @@ def bundle_texts(bundle: Path, clips: Sequence[Pcm16], language: str) -> list[st
     """What a bundle hears in each clip."""
     with _EngineRun(bundle, RecogniserConfig(language=language, partials=False), Usage()) as run:
         return [" ".join(final.text for final, _ in run.hear(_speech(pcm, Options()))) for pcm in clips]
-
-
-def summary(
-    model: str, manifest: str, scored: Sequence[Scored], usage: Usage | None, options: Options, size: int | None
-) -> Evaluation:
-    """Everything about a run, from its clips."""
-    audio_s = sum(clip.duration_s for clip in scored)
-    worded = [(clip, _pair(clip)) for clip in scored if clip.ref is not None]
-    return Evaluation(
-        model=model,
-        manifest=manifest,
-        n=len(scored),
-        n_without_text=len(scored) - len(worded),
-        n_hallucinated=sum(1 for clip in scored if clip.ref is None and clip.hyp),
-        audio_s=round(audio_s, 3),
-        wer=_rounded(scoring.word_error_rate([p for clip, p in worded if clip.language not in scoring.SPACELESS])),
-        cer=_rounded(scoring.character_error_rate([pair for _, pair in worded])),
-        bundle_bytes=size,
-        finalise_ms=_percentiles([clip.finalise_ms for clip in scored]),
-        end_to_final_ms=_percentiles([clip.end_to_final_ms for clip in scored]),
-        core_s_per_audio_s=round(usage.core_s / audio_s, 4) if usage and audio_s else None,
-        rss_mb=round(usage.rss_mb, 1) if usage else None,
-        machine=machine(),
-        threads=options.threads,
-        options=msgspec.to_builtins(options),
-        utterances=list(scored),
-    )
-
-
-def _pair(clip: Scored) -> tuple[str, str]:
-    return scoring.normalise(clip.ref or "", clip.language), scoring.normalise(clip.hyp, clip.language)
-
-
-def _rounded(rate: float | None) -> float | None:
-    return None if rate is None else round(rate, 2)
-
-
-def _percentiles(values: Sequence[float | None]) -> Percentiles | None:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return Percentiles(*(round(float(p), 1) for p in np.percentile(known, [50, 95])))
-
-
-def machine() -> str:
-    """Processor and number of cores, for the record."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return (
-        f"{os.cpu_count()} x {names[0] if names else platform.processor()} ({platform.machine()}), {platform.system()}"
-    )
 
 
 def _core_s(process: psutil.Process) -> float:

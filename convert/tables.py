@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import model as models
-from .evaluate import Evaluation, Options, Percentiles, evaluate_bundle, evaluate_reference, summary
+from .evaluate import Options, evaluate_bundle, evaluate_reference
+from .evaluation import Evaluation, Percentiles, summary
 from .inspection import Contents
 from .pipeline import Report
 from .speechset import Clip
@@ -54,14 +55,14 @@ def show_contents(contents: Contents, console: Console) -> None:
 
 def run_evaluation(model: str, manifest: Path, clips: list[Clip], options: Options, json: Path | None) -> None:
     """Evaluate with a bar, show the figures, write them."""
-    path = Path(model)
+    path, asked = Path(model), msgspec.to_builtins(options)
     with _bar(len(clips)) as advance:
         if path.suffix == ".tflite":
             scored, usage = evaluate_bundle(path, clips, options, advance)
-            result = summary(path.name, str(manifest), scored, usage, options, path.stat().st_size)
+            result = summary(path.name, str(manifest), scored, usage, asked, path.stat().st_size)
         else:
             scored = evaluate_reference(models.load(model), clips, options, advance)
-            result = summary(model, str(manifest), scored, None, options, None)
+            result = summary(model, str(manifest), scored, None, asked, None)
     if json:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
     show_evaluation(result, CONSOLE)
