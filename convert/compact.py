@@ -85,7 +85,7 @@ def _share_buffers(model: Any, contents: list[bytes]) -> None:
         tensor.buffer = same[tensor.buffer]
     for i, kept in enumerate(same):
         if kept != i:
-            contents[i] = b""
+            contents[i], model.buffers[i].data = b"", None
 
 
 def _share_quantisation(model: Any) -> None:
