@@ -64,7 +64,7 @@ def make_model(n_layers=2):
         d_model=DIMS.d_model,
         encoder_layers=n_layers,
         decoder_layers=n_layers,
-        encoder_attention_heads=2,
+        encoder_attention_heads=DIMS.n_head,
         decoder_attention_heads=DIMS.n_head,
         encoder_ffn_dim=96,
         decoder_ffn_dim=80,
@@ -114,17 +114,17 @@ def recipe(folder, name="toy"):
 
 
 def build(folder):
-    """Make checkpoint, bundle and report in `folder`; keep the two .tflite files that come before the bundle."""
+    """Make checkpoint, bundle and report in `folder`; keep the .tflite files of the steps before the bundle."""
     from rich.console import Console
 
     from convert import compact, pipeline
 
     save_checkpoint(folder / "checkpoint")
 
-    def keep(source, target):
-        shutil.copy(source, folder)
-        shutil.copy(source.with_name("float.tflite"), folder)
-        plain(source, target)
+    def keep(sources, target):
+        for path in target.parent.glob("*.tflite"):
+            shutil.copy(path, folder)
+        plain(sources, target)
 
     plain = compact.compact
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():

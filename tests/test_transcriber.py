@@ -1,0 +1,309 @@
+"""Policy of the transcriber, on an engine that says what a test wants to hear; then on the toy."""
+
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+import toy
+from test_model import make_tokenizer
+
+from agent import transcriber
+from agent.config import RecogniserConfig
+from agent.messages import SpeechChunk
+from agent.transcriber import Transcriber
+from whisperlet.audio import SAMPLE_RATE
+from whisperlet.errors import ConfigError
+from whisperlet.tokenizer import Tokenizer
+
+SECOND = np.full(SAMPLE_RATE, 100, np.int16)
+
+
+class ScriptedEngine:
+    """Says `answer`, whatever it hears; takes notes."""
+
+    def __init__(self, answer="", no_speech=0.0, certainty=30.0, language=toy.EN, **manifest):
+        silence = {"default": 64, "haw": 200}
+        self.manifest = toy.make_manifest(encode_frames=[128, 256, 1500], silence_frames=silence, **manifest)
+        self.tokenizer = Tokenizer(make_tokenizer().to_str().encode(), self.manifest.vocabulary)
+        self.answer = answer
+        self.no_speech, self.certainty, self.language = no_speech, certainty, language
+        self.windows = []
+        self.passes = []
+
+    @property
+    def answer(self):
+        return self.tokenizer.text(self._answer)
+
+    @answer.setter
+    def answer(self, text):
+        self._answer = text if isinstance(text, list) else self.tokenizer.encode(text)
+
+    def new_state(self):
+        return SimpleNamespace(position=0, tokens=[])
+
+    def encode(self, state, mel):
+        self.windows.append(mel.shape[1] // 2)
+        state.position = 0
+
+    def decode(self, state, tokens):
+        self.passes.append(list(tokens))
+        rows = []
+        for token in tokens:
+            state.tokens[state.position :] = [token]
+            state.position += 1
+            rows.append(self._logits(state.tokens))
+        return np.stack(rows)
+
+    def _logits(self, tokens):
+        logits = np.zeros(280, np.float32)
+        if len(tokens) == 1:
+            logits[self.language] = 5
+            others = 278 + np.exp(5)
+            logits[toy.NO_SPEECH] = np.log(others * self.no_speech / (1 - self.no_speech) + 1e-9)
+        n_prompt = 4 if self.manifest.vocabulary.transcribe else 2
+        said = len(tokens) - n_prompt
+        if said >= 0:
+            logits[[*self._answer, toy.EOT][min(said, len(self._answer))]] += self.certainty
+        return logits
+
+
+def make(engine, **config):
+    return Transcriber(engine, engine.tokenizer, RecogniserConfig(**{"hop_ms": 300, **config}))
+
+
+def part(samples, start=0, segment=0, **changes):
+    return SpeechChunk(1, segment, samples, start, **changes)
+
+
+def test_a_clip_start_to_end():
+    ears = make(ScriptedEngine("two words"))
+    ears.feed(transcriber.whole(SECOND, utterance=7, start=500))
+    final = ears.finish()
+    assert (final.key, final.start, final.end) == ((7, 0), 500, 16_500)
+    assert (final.text, final.is_final, final.language, final.rejected) == ("two words", True, "en", None)
+    assert (final.n_tokens, final.stable_chars, final.revision, final.continues) == (9, 9, 1, False)
+    assert final.avg_logprob > -0.01
+    assert final.encode_ms > 0
+    assert final.decode_ms > 0
+
+
+def test_what_the_last_chunk_says_is_passed_on():
+    ears = make(ScriptedEngine("a"))
+    ears.feed(part(SECOND, 100))
+    last = part(SECOND, 16_100, is_last=True, continues=True, speech_end=20_000)
+    ears.feed(msgspec.structs.replace(last, speech_end_monotonic_s=1.5, decided_monotonic_s=2.5))
+    final = ears.finish()
+    assert (final.start, final.end, final.continues) == (100, 20_000, True)
+    assert (final.speech_end_monotonic_s, final.decided_monotonic_s) == (1.5, 2.5)
+
+
+def test_partials_keep_to_the_hop():
+    ears = make(ScriptedEngine("a"))
+    assert ears.step() is None
+    made = []
+    for i in range(50):
+        ears.feed(part(SECOND[:320], 320 * i))
+        made.append(ears.step())
+    ends = [partial.end for partial in made if partial]
+    assert ends == [320 * n for n in (15, 30, 45)]
+    assert ears.step() is None
+    assert [partial.revision for partial in made if partial] == [1, 2, 3]
+
+
+def test_no_partials_after_the_last_chunk_or_where_none_are_wanted():
+    ears = make(ScriptedEngine("a"))
+    ears.feed(transcriber.whole(SECOND))
+    assert ears.step() is None
+    assert ears.finish().revision == 1
+    assert ears.step() is None
+    quiet = make(ScriptedEngine("a"), partials=False)
+    quiet.feed(part(SECOND))
+    assert quiet.step() is None
+
+
+def test_stable_is_what_two_partials_agree_on():
+    engine = ScriptedEngine()
+    ears = make(engine)
+    seen = []
+    for i, answer in enumerate(["one", "one two", "one ten", "one ten"]):
+        engine.answer = answer
+        ears.feed(part(SECOND[:4800], 4800 * i))
+        partial = ears.step()
+        assert not partial.is_final
+        seen.append((partial.text, partial.text[: partial.stable_chars]))
+    assert seen == [("one", ""), ("one two", "one"), ("one ten", "one t"), ("one ten", "one ten")]
+    engine.answer = "none"
+    ears.feed(part(SECOND[:10], 4 * 4800, is_last=True, speech_end=4 * 4800))
+    final = ears.finish()
+    assert (final.text, final.stable_chars, final.revision) == ("none", 4, 5)
+
+
+def test_stable_never_ends_within_a_character():
+    engine = ScriptedEngine()
+    ears = make(engine)
+    for i, answer in enumerate(["né", "nè"]):
+        engine.answer = answer
+        ears.feed(part(SECOND[:4800], 4800 * i))
+        partial = ears.step()
+    assert (partial.text, partial.stable_chars) == ("nè", 1)
+
+
+def test_the_last_hypothesis_is_verified_in_few_passes():
+    engine = ScriptedEngine("abcdefg")
+    ears = make(engine)
+    ears.feed(part(SECOND))
+    ears.step()
+    assert len(engine.passes) == 8
+    engine.passes.clear()
+    ears.feed(part(SECOND[:1], len(SECOND), is_last=True, speech_end=len(SECOND)))
+    assert ears.finish().text == "abcdefg"
+    assert len(engine.passes) == 3  # prompt, then four tokens at a time
+
+
+@pytest.mark.parametrize(
+    ("language", "duration_s", "window"),
+    [("en", 1.28, 128), ("en", 1.29, 256), ("haw", 1.12, 256), ("haw", 1.13, 1500), ("en", 29.9, 1500)],
+)
+def test_window(language, duration_s, window):
+    """Speech and the silence after it fit; the longest window may have less silence."""
+    engine = ScriptedEngine("a")
+    ears = make(engine, language=language)
+    ears.feed(transcriber.whole(np.zeros(round(duration_s * SAMPLE_RATE), np.int16)))
+    ears.finish()
+    assert engine.windows == [window]
+
+
+def test_silence_can_be_set():
+    engine = ScriptedEngine("a")
+    ears = make(engine, silence_frames=0)
+    ears.feed(transcriber.whole(np.zeros(128 * 320, np.int16)))
+    ears.finish()
+    assert engine.windows == [128]
+
+
+def test_detected_language():
+    engine = ScriptedEngine("a", language=toy.HAW)
+    ears = make(engine, language="auto")
+    for _ in range(2):
+        engine.passes.clear()
+        ears.feed(transcriber.whole(SECOND))
+        assert ears.finish().language == "haw"
+        assert engine.passes[:2] == [[toy.SOT], [toy.SOT, toy.HAW, toy.TRANSCRIBE, toy.NO_TIMESTAMPS]]
+
+
+def test_unknown_language():
+    with pytest.raises(ConfigError, match=r"recogniser\.language: the bundle does not have 'de'; it has en, haw"):
+        make(ScriptedEngine(), language="de")
+
+
+def test_english_only():
+    vocabulary = msgspec.structs.replace(toy.VOCABULARY, transcribe=None, languages={})
+    for language in ("en", "auto"):
+        engine = ScriptedEngine("a", vocabulary=vocabulary)
+        ears = make(engine, language=language)
+        ears.feed(transcriber.whole(SECOND))
+        final = ears.finish()
+        assert (final.language, final.text) == ("en", "a")
+        assert engine.passes[0] == [toy.SOT, toy.NO_TIMESTAMPS]
+    with pytest.raises(ConfigError, match="does not have 'haw'; it has en"):
+        make(ScriptedEngine(vocabulary=vocabulary), language="haw")
+
+
+@pytest.mark.parametrize(
+    ("no_speech", "certainty", "rejected"),
+    [(0.9, 0.0, "no_speech"), (0.9, 30.0, None), (0.3, 0.0, None), (0.59, 0.0, None), (0.61, 0.0, "no_speech")],
+)
+def test_text_is_withheld_where_the_model_doubts_that_there_was_speech(no_speech, certainty, rejected):
+    engine = ScriptedEngine("a", no_speech=no_speech, certainty=certainty)
+    ears = make(engine)
+    ears.feed(transcriber.whole(SECOND))
+    final = ears.finish()
+    assert final.rejected == rejected
+    assert final.no_speech_prob == pytest.approx(no_speech, abs=0.001)
+    assert bool(final.text) == (rejected is None)
+    assert final.stable_chars == len(final.text)
+
+
+def test_thresholds_can_be_set():
+    engine = ScriptedEngine("a", no_speech=0.9, certainty=0.0)
+    for config in ({"no_speech_threshold": 0.95}, {"logprob_threshold": -10.0}):
+        ears = make(engine, **config)
+        ears.feed(transcriber.whole(SECOND))
+        assert ears.finish().rejected is None
+
+
+def test_a_loop_is_heard_again_in_the_full_window():
+    engine = ScriptedEngine([40, 41] * 12)
+    ears = make(engine)
+    ears.feed(transcriber.whole(SECOND))
+    final = ears.finish()
+    assert engine.windows == [128, 1500]
+    assert final.n_tokens == 2  # still one
+    engine.windows.clear()
+    ears.feed(part(SECOND, segment=1))
+    ears.step()
+    assert engine.windows == [128]  # a partial does not pay for that
+
+
+def test_token_limit():
+    engine = ScriptedEngine([20 + i * 7 % 101 for i in range(60)])
+    ears = make(engine)
+    for n_samples, limit in ((1600, 16 + 2), (SECOND.size, toy.N_TEXT_CTX - 8)):
+        ears.feed(transcriber.whole(SECOND[:n_samples]))
+        assert ears.finish().n_tokens == limit
+
+
+def test_a_new_segment_starts_afresh():
+    engine = ScriptedEngine("one")
+    ears = make(engine)
+    ears.feed(part(SECOND))
+    assert ears.step().revision == 1
+    ears.feed(part(SECOND[:8000], 16_000, segment=1))
+    partial = ears.step()
+    assert (partial.key, partial.start, partial.end) == ((1, 1), 16_000, 24_000)
+    assert (partial.revision, partial.stable_chars) == (1, 0)
+    ears.reset()
+    assert ears.step() is None
+
+
+def test_a_segment_without_speech():
+    """What follows a forced cut may be nothing but the hang-over."""
+    engine = ScriptedEngine("a")
+    ears = make(engine)
+    ears.feed(part(SECOND, 5000, segment=1, is_last=True, speech_end=5000))
+    final = ears.finish()
+    assert (final.text, final.is_final, final.start, final.end, final.n_tokens) == ("", True, 5000, 5000, 0)
+    assert engine.windows == []
+
+
+def test_call_order_is_checked():
+    ears = make(ScriptedEngine("a"))
+    with pytest.raises(AssertionError, match="nothing was fed"):
+        ears.finish()
+    ears.feed(part(SECOND))
+    with pytest.raises(AssertionError, match="the segment goes on"):
+        ears.finish()
+
+
+def test_more_than_a_window_is_refused():
+    ears = make(ScriptedEngine("a"))
+    thirty_s = np.zeros(30 * SAMPLE_RATE, np.int16)
+    ears.feed(part(thirty_s))
+    assert ears.step().end == len(thirty_s)
+    with pytest.raises(ValueError, match="480001 samples are more than a window's 480000"):
+        ears.feed(part(thirty_s[:1], len(thirty_s)))
+
+
+def test_the_toy_detects_what_it_is_surest_of(litert, toy_bundle):
+    ears = transcriber.build(toy_bundle, litert, RecogniserConfig(language="auto"))
+    heard = set()
+    for seed in range(8):
+        pcm = toy.babble(1.0, seed)
+        ears.feed(transcriber.whole(pcm))
+        final = ears.finish()
+        heard.add(final.language)
+        plain = transcriber.build(toy_bundle, litert, RecogniserConfig(language=final.language, silence_frames=64))
+        plain.feed(transcriber.whole(pcm))
+        assert plain.finish().text == final.text
+    assert heard <= {"en", "haw"}
