@@ -7,6 +7,7 @@ stall the audio callback. It ends when the ear does: the connection closes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -119,6 +120,12 @@ def load(start: Start, bundle: Bundle) -> transcriber.Transcriber:
     return ready
 
 
+def _give_back_memory() -> None:
+    """Return to the system what loading freed: with glibc it would stay ours, 30 MB."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def hear(ready: transcriber.Transcriber, batch: Batch) -> list[Transcript]:
     """Finals of the segments that end in the batch, then a partial of the one that goes on."""
     transcripts = []
@@ -138,6 +145,7 @@ def serve(connection: Connection) -> None:
     try:
         with quiet_stderr():
             ready = load(start, open_bundle(Path(start.bundle)))
+        _give_back_memory()
     except WhisperletError as error:
         send(connection, Failed(str(error)))
         return

@@ -27,6 +27,7 @@ from whisperlet.tokenizer import Tokenizer
 
 from . import reference, scoring
 from .evaluation import Scored, Usage
+from .machine import peak_rss_mb
 from .model import Checkpoint
 from .speechset import Clip
 
@@ -85,7 +86,7 @@ class _EngineRun:
     def __exit__(self, *_: object) -> None:
         if self._process.is_running():
             self._usage.core_s += _core_s(self._process) - self._loaded_core_s
-            self._usage.rss_mb = max(self._usage.rss_mb, _peak_rss_mb(self._process.pid))
+            self._usage.rss_mb = max(self._usage.rss_mb, peak_rss_mb(self._process.pid))
         self._supervisor.stop()
 
     def _collect(self, transcript: Transcript) -> None:
@@ -231,11 +232,3 @@ def bundle_texts(bundle: Path, clips: Sequence[Pcm16], language: str) -> list[st
 def _core_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
-
-
-def _peak_rss_mb(pid: int) -> float:
-    """Resident memory at its highest, which psutil does not tell."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return 0.0

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from . import scoring
+from .machine import describe
 
 
 class Percentiles(msgspec.Struct, frozen=True):
@@ -83,7 +81,7 @@ def summary(
         end_to_final_ms=_percentiles([clip.end_to_final_ms for clip in scored]),
         core_s_per_audio_s=round(usage.core_s / audio_s, 4) if usage and audio_s else None,
         rss_mb=round(usage.rss_mb, 1) if usage else None,
-        machine=machine(),
+        machine=describe(),
         threads=options["threads"],
         options=options,
         utterances=list(scored),
@@ -103,12 +101,3 @@ def _percentiles(values: Sequence[float | None]) -> Percentiles | None:
     if not known:
         return None
     return Percentiles(*(round(float(p), 1) for p in np.percentile(known, [50, 95])))
-
-
-def machine() -> str:
-    """Processor and number of cores, for the record."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return (
-        f"{os.cpu_count()} x {names[0] if names else platform.processor()} ({platform.machine()}), {platform.system()}"
-    )

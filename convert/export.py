@@ -19,6 +19,7 @@ from whisperlet.bundle import Dims, GraphSpec
 
 from .fold import FoldedWhisper
 from .graphs import signatures
+from .machine import peak_rss_mb
 from .recipe import Export
 
 
@@ -38,8 +39,8 @@ def model_dims(model: Any, n_text_ctx: int) -> Dims:
 
 def export_float(
     whisper: FoldedWhisper, dims: Dims, stage: Export, work: Path, on_step: Callable[[str], None] = lambda _: None
-) -> tuple[list[GraphSpec], list[Path]]:
-    """Write all signatures as float32 .tflite files into `work`; what they are, and the files.
+) -> tuple[list[GraphSpec], list[Path], float]:
+    """Write all signatures as float32 .tflite files into `work`; what they are, the files, and the processes' peak MB.
 
     Encoder and decoder share no matrix, so each half is converted in a process of its own, at the same time: the
     converter is slow Python and gives its memory back only with its process. `on_step` is called twice a signature.
@@ -53,8 +54,8 @@ def export_float(
         while wait(jobs, timeout=0.2).not_done:
             while not steps.empty():
                 on_step(steps.get())
-        paths = [job.result() for job in jobs]
-    return [spec for spec, _ in signatures(whisper, dims, stage)], paths
+        paths, peaks = zip(*(job.result() for job in jobs), strict=True)
+    return [spec for spec, _ in signatures(whisper, dims, stage)], list(paths), sum(peaks)
 
 
 HALVES = ("encode_", "decode_")
@@ -70,7 +71,7 @@ def _begin(steps: SimpleQueue[str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def _export_half(modules: Path, dims: Dims, stage: Export, path: Path, half: str) -> Path:
+def _export_half(modules: Path, dims: Dims, stage: Export, path: Path, half: str) -> tuple[Path, float]:
     """Convert the signatures whose names begin with `half`; runs in a process of its own."""
     import litert_torch
 
@@ -82,7 +83,7 @@ def _export_half(modules: Path, dims: Dims, stage: Export, path: Path, half: str
             converter = converter.signature(spec.name, module.eval(), sample_kwargs=module.examples())
     with _overheard(_steps.put):
         converter.convert().export(str(path))
-    return path
+    return path, peak_rss_mb()
 
 
 class _Eavesdropper:

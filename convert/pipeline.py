@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from whisperlet.bundle import GraphSpec, Manifest
 from . import compact, evaluate, export, model, parity, quantise, reference
 from . import recipe as recipes
 from .fold import FoldedWhisper
+from .machine import peak_rss_mb
 from .parity import SignatureParity, TextParity
 from .recipe import Export, Package, Quantise, Recipe
 
@@ -74,11 +74,14 @@ class Build:
             self.checkpoint = model.load(self.recipe.source)
             self.dims = export.model_dims(self.checkpoint.model, self.stages[0].n_text_ctx)
             self.whisper = FoldedWhisper(self.checkpoint.model)
+            self.loaded_mb = peak_rss_mb()
 
     def run_export(self, stage: Export) -> None:
         """Modules -> float .tflite, and how far folding moved the logits."""
         with self.step("export", 2 * stage.n_signatures) as advance:
-            self.graphs, self.floats = export.export_float(self.whisper, self.dims, stage, self.work, advance)
+            self.graphs, self.floats, self.exporting_mb = export.export_float(
+                self.whisper, self.dims, stage, self.work, advance
+            )
 
     def run_quantise(self, stage: Quantise) -> None:
         """Float .tflite -> int8 .tflite, everything in it once."""
@@ -131,7 +134,7 @@ class Build:
             bundle_bytes=target.stat().st_size,
             bundle_sha256=bundle.open_bundle(target).sha256,
             seconds=self.seconds,
-            peak_rss_mb=_peak_rss_mb(),
+            peak_rss_mb=round(max(peak_rss_mb(), self.loaded_mb + self.exporting_mb), 1),
             folding_max_abs=self.folding_max_abs,
             parity=self.parity,
             texts=self.texts,
@@ -157,12 +160,6 @@ def build(recipe: Recipe, out: Path, console: Console) -> Report:
         report = job.run_package(packaging, out / f"{recipe.name}.tflite")
     (out / f"{recipe.name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
     return report
-
-
-def _peak_rss_mb() -> float:
-    """At most: this process at its peak while both exporting ones are as large as the larger of them."""
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return round((own + len(export.HALVES) * child) / 1024, 1)
 
 
 def minified(tokenizer_json: bytes) -> bytes:

@@ -26,18 +26,28 @@ def move_scales_out(model: Any, contents: list[bytes]) -> None:
     rewriter = _Rewriter(model, contents, schema)
     rewriters = {kinds.FULLY_CONNECTED: rewriter.linear, kinds.EMBEDDING_LOOKUP: rewriter.embedding}
     for graph in model.subgraphs:
-        operators = graph.operators
+        steps = [(op, rewriters.get(model.operatorCodes[op.opcodeIndex].builtinCode)) for op in graph.operators]
+        weights = {int(op.inputs[1]) for op, rewrite in steps if rewrite}
+        scales = {i: _take_scales(graph.tensors[i], schema) for i in weights if _is_per_channel(graph.tensors[i])}
         graph.operators = []
-        for operator in operators:
+        for operator, rewrite in steps:
             graph.operators.append(operator)
-            rewrite = rewriters.get(model.operatorCodes[operator.opcodeIndex].builtinCode)
-            if rewrite and _is_per_channel(graph.tensors[int(operator.inputs[1])]):
-                graph.operators += rewrite(graph, operator)
+            if rewrite and int(operator.inputs[1]) in scales:
+                graph.operators += rewrite(graph, operator, scales[int(operator.inputs[1])])
 
 
 def _is_per_channel(weights: Any) -> bool:
     q = weights.quantization
     return q is not None and q.scale is not None and len(q.scale) > 1
+
+
+def _take_scales(weights: Any, schema: Any) -> NDArray[np.float32]:
+    """Leave the tensor with scale 1; returns the scales that it had. shape = (n_out,)"""
+    scales = np.asarray(weights.quantization.scale, np.float32)
+    weights.quantization = schema.QuantizationParametersT()
+    weights.quantization.scale = np.ones(1, np.float32)
+    weights.quantization.zeroPoint = np.zeros(1, np.int64)
+    return scales
 
 
 class _Rewriter:
@@ -47,19 +57,17 @@ class _Rewriter:
         self.model, self.contents, self.schema = model, contents, schema
         self.mul = self._operator_code(schema.BuiltinOperator.MUL)
 
-    def linear(self, graph: Any, operator: Any) -> list[Any]:
+    def linear(self, graph: Any, operator: Any, scales: NDArray[np.float32]) -> list[Any]:
         """Scale what the linear puts out."""
-        scales = self._unscale_weights(graph, operator)
         if len(operator.inputs) > 2 and operator.inputs[2] >= 0:
             bias = graph.tensors[int(operator.inputs[2])]
             divided = np.frombuffer(self.contents[bias.buffer], np.float32) / scales
-            operator.inputs[2] = self._constant(graph, divided)
+            operator.inputs = np.array([*operator.inputs[:2], self._constant(graph, divided)], np.int32)
         raw, scaled = self._intercept(graph, operator)
         return [self._multiply([raw, self._constant(graph, scales)], scaled)]
 
-    def embedding(self, graph: Any, operator: Any) -> list[Any]:
+    def embedding(self, graph: Any, operator: Any, scales: NDArray[np.float32]) -> list[Any]:
         """Look the scales up as well, and multiply."""
-        scales = self._unscale_weights(graph, operator)
         raw, scaled = self._intercept(graph, operator)
         lookup = copy.copy(operator)
         shape = [*graph.tensors[raw].shape[:-1], 1]
@@ -67,17 +75,6 @@ class _Rewriter:
         lookup.inputs = np.array([operator.inputs[0], self._constant(graph, scales[:, None])], np.int32)
         lookup.outputs = np.array([found], np.int32)
         return [lookup, self._multiply([raw, found], scaled)]
-
-    def _unscale_weights(self, graph: Any, operator: Any) -> NDArray[np.float32]:
-        """Let the operator read its weights with scale 1; returns the scales that they had. shape = (n_out,)"""
-        weights = copy.copy(graph.tensors[int(operator.inputs[1])])
-        scales = np.asarray(weights.quantization.scale, np.float32)
-        weights.quantization = self.schema.QuantizationParametersT()
-        weights.quantization.scale = np.ones(1, np.float32)
-        weights.quantization.zeroPoint = np.zeros(1, np.int64)
-        operator.inputs = np.array(operator.inputs, np.int32)
-        operator.inputs[1] = self._add(graph, weights)
-        return scales
 
     def _intercept(self, graph: Any, operator: Any) -> tuple[int, int]:
         """Give the operator a tensor of its own to write to; returns that one and the one it wrote to before."""
