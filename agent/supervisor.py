@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
@@ -26,7 +24,7 @@ from whisperlet.errors import BundleError
 
 from .config import RecogniserConfig
 from .messages import SpeechChunk, Transcript
-from .worker import Batch, Failed, Heard, Ready, Reply, Request, Start, receive_reply, send
+from .worker import Batch, Failed, Heard, Ready, Reply, Request, Start, ask, pair
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0  # the first start on a slow device packs the weights
@@ -60,11 +58,10 @@ class EngineProcess:
     """A running engine and the connection to it."""
 
     def __init__(self, bundle: Path, config: RecogniserConfig, cache_dir: Path) -> None:
-        ours, theirs = socket.socketpair()
+        self._connection, theirs = pair(config.reply_timeout_s)
         with theirs:
             command = [sys.executable, "-m", "agent.worker", str(theirs.fileno())]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-        self._connection = Connection(ours.detach())
         self._start = Start(str(bundle.absolute()), str(cache_dir.absolute()), config)
 
     def wait_ready(self) -> float:
@@ -85,12 +82,12 @@ class EngineProcess:
     def ask(self, request: Request, timeout_s: float) -> Reply:
         """One request, one reply. Raises EngineLost."""
         try:
-            send(self._connection, request)
-            if self._connection.poll(timeout_s):
-                return receive_reply(self._connection)
+            reply = ask(self._connection, request, timeout_s)
         except (EOFError, OSError):
             raise EngineLost(f"it ended with status {self._status()}") from None
-        raise EngineLost(f"no answer within {timeout_s:g} s")
+        if reply is None:
+            raise EngineLost(f"no answer within {timeout_s:g} s")
+        return reply
 
     def _status(self) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -163,7 +160,7 @@ class Supervisor:
                 self._changed.wait_for(lambda: self._stopping or self._n_samples() <= half)
             self._pending.setdefault(chunk.key, Pending([])).chunks.append(chunk)
             self._bound_backlog()
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _bound_backlog(self) -> None:
         """Past `max_backlog_s` the oldest whole segment goes: late words help less than present ones."""
@@ -186,7 +183,7 @@ class Supervisor:
         """End the engine and the thread; what is unfinished is dropped."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
         if self._engine:
@@ -200,7 +197,8 @@ class Supervisor:
                 assert self._engine is not None
                 self._deliver(self._engine.hear(batch, self._config.reply_timeout_s))
             except EngineLost as error:
-                self._lost(str(error))
+                if not self._stopping:
+                    self._lost(str(error))
 
     def _next_batch(self) -> Batch | None:
         """Everything that was not sent yet, or None to stop."""
@@ -208,7 +206,9 @@ class Supervisor:
             self._changed.wait_for(lambda: self._stopping or any(map(_unsent, self._pending.values())))
             if self._stopping:
                 return None
-            return Batch([_take_unsent(pending) for pending in self._pending.values() if _unsent(pending)])
+            unsent = [pending for pending in self._pending.values() if _unsent(pending)]
+            n = 1 if unsent[0].n_lost else len(unsent)  # the segment that takes engines down goes without the others
+            return Batch([_take_unsent(pending) for pending in unsent[:n]])
 
     def _deliver(self, heard: Heard) -> None:
         self.counters.busy_s += heard.busy_s

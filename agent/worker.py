@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
+import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -86,10 +89,21 @@ def send(connection: Connection, message: Request | Reply) -> None:
     connection.send_bytes(_encoder.encode(message))
 
 
-def receive_reply(connection: Connection) -> Reply:
-    """Raises EOFError or OSError when the engine is gone."""
-    reply: Reply = _replies.decode(connection.recv_bytes())
-    return reply
+def ask(connection: Connection, request: Request, timeout_s: float) -> Reply | None:
+    """One request, one reply; None if that takes too long. Raises EOFError or OSError when the engine is gone."""
+    with contextlib.suppress(BlockingIOError):  # a long request to an engine that does not even read, see `pair`
+        send(connection, request)
+        if connection.poll(timeout_s):
+            reply: Reply = _replies.decode(connection.recv_bytes())
+            return reply
+    return None
+
+
+def pair(timeout_s: float) -> tuple[Connection, socket.socket]:
+    """A connection on which sending gives up after `timeout_s`, and the engine's end of it."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout_s), 0))
+    return Connection(ours.detach()), theirs
 
 
 def _receive_request(connection: Connection) -> Request:
