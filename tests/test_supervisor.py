@@ -1,0 +1,400 @@
+"""The engine process and its supervisor: whatever happens to the engine, every segment gets its final, once."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+import toy
+from brokers import wait_for
+
+from agent import supervisor as supervisors
+from agent import transcriber
+from agent.config import RecogniserConfig
+from agent.messages import SpeechChunk
+from agent.supervisor import EngineLost, Supervisor
+from whisperlet.errors import BundleError
+
+# The real worker, but for what it hears: the text is a checksum of all audio of the segment and the number of chunks.
+STUB = """
+import os, time
+from pathlib import Path
+from agent import worker
+from agent.messages import Transcript
+from whisperlet.errors import BundleError
+
+folder = Path(os.environ["STUB"])
+
+class Ears:
+    def __init__(self):
+        self.key = None
+
+    def feed(self, chunk):
+        if (folder / f"poison {chunk.utterance}").exists():
+            os._exit(7)
+        while (folder / f"wait {chunk.utterance}").exists():
+            time.sleep(0.01)
+        if chunk.key != self.key:
+            self.key, self.n, self.sum, self.n_chunks, self.start = chunk.key, 0, 0, 0, chunk.start
+        assert chunk.start == self.start + self.n, "audio is missing"
+        self.n += len(chunk.samples)
+        self.sum += int(chunk.samples.astype(int).sum())
+        self.n_chunks += 1
+        self.last = chunk
+
+    def transcript(self):
+        text = f"{self.n} {self.sum} {self.n_chunks}"
+        end = self.start + self.n
+        return Transcript(*self.key, 1, text, 0, self.start, end, self.last.is_last, "en")
+
+    def step(self):
+        return None if self.last.is_last else self.transcript()
+
+    finish = transcript
+
+def load(start, bundle):
+    if (folder / "refuse").exists():
+        raise BundleError("it is gone")
+    return Ears()
+
+worker.load, worker.open_bundle = load, lambda path: None
+worker.main()
+"""
+
+
+class Ear:
+    """A supervisor, and what it reports."""
+
+    def __init__(self, bundle, caches, **config):
+        self.transcripts, self.events = [], []
+        settings = RecogniserConfig(**{"threads": 1, "hop_ms": 100, **config})
+        self.engine = Supervisor(
+            bundle, settings, caches, self.transcripts.append, lambda *event: self.events.append(event)
+        )
+
+    @property
+    def finals(self):
+        return {t.key: t for t in self.transcripts if t.is_final}
+
+    def say(self, pcm, utterance=1, pieces=1, first=0, *, ends=True, wait=False):
+        """Hand in `pcm` in pieces, `first` samples of the utterance having come before."""
+        parts = np.array_split(pcm, pieces)
+        for i, samples in enumerate(parts):
+            is_last = ends and i == pieces - 1
+            speech_end = first + len(samples) if is_last else 0
+            chunk = SpeechChunk(utterance, 0, samples, first, is_last=is_last, speech_end=speech_end)
+            self.engine.submit(chunk, wait=wait)
+            first += len(samples)
+
+    def hear_all(self, timeout_s=15.0):
+        assert self.engine.drain(timeout_s), "a final is missing"
+
+
+@pytest.fixture
+def start(weight_caches):
+    ears = []
+
+    def make(bundle, **config):
+        ears.append(Ear(bundle, weight_caches, **config))
+        ears[-1].engine.start()
+        return ears[-1]
+
+    yield make
+    for ear in ears:
+        ear.engine.stop()
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """A folder in which files tell the stub what to do."""
+    plain = subprocess.Popen
+
+    def popen(command, **kwargs):
+        assert command[1:3] == ["-m", "agent.worker"]
+        return plain([command[0], "-c", STUB, *command[3:]], **kwargs)
+
+    monkeypatch.setenv("STUB", str(tmp_path))
+    monkeypatch.setattr(supervisors.subprocess, "Popen", popen)
+    return tmp_path
+
+
+@pytest.fixture
+def ear(start, stub):
+    return start(stub / "no.tflite", reply_timeout_s=10)
+
+
+NOISE = np.random.default_rng(0).integers(-1000, 1000, 480_000).astype(np.int16)
+
+
+def checksum(pcm):
+    return [len(pcm), int(pcm.astype(int).sum())]
+
+
+def heard(transcript):
+    """Samples and their sum, then the number of chunks."""
+    return [int(number) for number in transcript.text.split()]
+
+
+def is_gone(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_finals_of_all_that_was_said(ear):
+    for utterance in range(1, 6):
+        ear.say(NOISE[: 1000 * utterance], utterance, pieces=utterance)
+    ear.hear_all()
+    assert list(ear.finals) == [(n, 0) for n in range(1, 6)]
+    for (utterance, _), final in ear.finals.items():
+        assert heard(final)[:2] == checksum(NOISE[: 1000 * utterance])
+    assert ear.engine.counters.speech_s == pytest.approx(15_000 / 16_000)
+    assert ear.engine.counters.busy_s >= 0
+    assert (ear.engine.backlog, ear.engine.backlog_s, ear.events) == (0, 0, [])
+
+
+def test_speech_that_waits_is_joined(ear, stub):
+    (stub / "wait 1").touch()
+    ear.say(NOISE[:100], ends=False)
+    wait_for(lambda: not supervisors._unsent(ear.engine._pending[1, 0]))
+    ear.say(NOISE[100:20_000], first=100, pieces=50)
+    ear.say(NOISE[:500], utterance=2, pieces=5)
+    assert ear.engine.backlog == 2
+    assert ear.engine.backlog_s == pytest.approx(20_500 / 16_000)
+    (stub / "wait 1").unlink()
+    ear.hear_all()
+    assert heard(ear.finals[1, 0]) == [*checksum(NOISE[:20_000]), 2]
+    assert heard(ear.finals[2, 0]) == [*checksum(NOISE[:500]), 1]
+
+
+def test_an_engine_killed_in_the_middle_of_an_utterance(ear):
+    ear.say(NOISE[:3000], pieces=3, ends=False)
+    wait_for(lambda: ear.transcripts)
+    before = ear.engine.pid
+    os.kill(before, signal.SIGKILL)
+    ear.say(NOISE[3000:9000], first=3000, pieces=3)
+    ear.hear_all()
+    assert [heard(final)[:2] for final in ear.finals.values()] == [checksum(NOISE[:9000])]
+    assert ear.events == [("engine_restarted", f"it ended with status {-signal.SIGKILL}")]
+    assert ear.engine.counters.restarts == 1
+    assert ear.engine.pid != before
+    assert is_gone(before)
+
+
+@pytest.mark.parametrize("n", [1600, 448_000])  # the second does not fit into the socket's buffer
+def test_an_engine_that_hangs_is_replaced(start, stub, n):
+    ear = start(stub / "no.tflite", reply_timeout_s=1)
+    before = ear.engine.pid
+    os.kill(before, signal.SIGSTOP)
+    ear.say(NOISE[:n])
+    ear.hear_all()
+    assert heard(ear.finals[1, 0])[:2] == checksum(NOISE[:n])
+    assert ear.events == [("engine_restarted", "no answer within 1 s")]
+    assert is_gone(before)
+
+
+def test_a_segment_that_kills_every_engine_is_given_up_and_no_other(ear, stub):
+    (stub / "wait 1").touch()
+    (stub / "poison 2").touch()
+    for utterance in (1, 2, 3):
+        ear.say(NOISE[:1000], utterance)
+    (stub / "wait 1").unlink()
+    ear.hear_all()
+    assert {key: final.rejected for key, final in ear.finals.items()} == {
+        (1, 0): None,
+        (2, 0): "engine_failed",
+        (3, 0): None,
+    }
+    failed = ear.finals[2, 0]
+    assert (failed.text, failed.start, failed.end, failed.continues) == ("", 0, 1000, False)
+    assert ear.engine.counters.failed_segments == 1
+    assert ear.engine.counters.restarts == supervisors.MAX_ATTEMPTS
+    assert {name for name, _ in ear.events} == {"engine_restarted"}
+    ear.say(NOISE[:1000], 4)
+    ear.hear_all()
+    assert heard(ear.finals[4, 0])[:2] == checksum(NOISE[:1000])
+
+
+def test_poison_in_an_utterance_that_goes_on(ear, stub):
+    """It is given up when its end is known, so that its final says where that was."""
+    (stub / "poison 1").touch()
+    ear.say(NOISE[:1000], ends=False)
+    wait_for(lambda: ear.engine.counters.restarts > supervisors.MAX_ATTEMPTS)
+    assert not ear.finals
+    ear.say(NOISE[1000:2000], first=1000)
+    ear.hear_all()
+    assert (ear.finals[1, 0].rejected, ear.finals[1, 0].end) == ("engine_failed", 2000)
+
+
+def test_too_much_speech_for_a_stuck_engine(start, stub):
+    ear = start(stub / "no.tflite", max_backlog_s=30)
+    (stub / "wait 1").touch()
+    for utterance in range(1, 6):
+        ear.say(NOISE[:160_000], utterance, pieces=4)
+        assert ear.engine.backlog_s <= 30
+    assert ear.engine.backlog == 3
+    assert ear.engine.counters.dropped_segments == 2
+    assert ear.events == [("speech_dropped", f"utterance {n} segment 0: the engine is too far behind") for n in (1, 2)]
+    (stub / "wait 1").unlink()
+    ear.hear_all()
+    for utterance in (3, 4, 5):
+        assert heard(ear.finals[utterance, 0])[:2] == checksum(NOISE[:160_000])
+    assert (2, 0) not in ear.finals
+
+
+def test_a_single_long_segment_is_not_dropped(start, stub):
+    ear = start(stub / "no.tflite", max_backlog_s=30)
+    (stub / "wait 1").touch()
+    ear.say(np.concatenate([NOISE, NOISE]), pieces=9)
+    assert ear.engine.backlog == 1
+    (stub / "wait 1").unlink()
+    ear.hear_all()
+    assert heard(ear.finals[1, 0])[0] == 2 * len(NOISE)
+
+
+def test_a_file_waits_for_the_engine(start, stub):
+    ear = start(stub / "no.tflite", max_backlog_s=30)
+    (stub / "wait 1").touch()
+    ear.say(NOISE[:320_000], 1, wait=True)
+    reader = threading.Thread(target=ear.say, args=(NOISE[:16_000], 2), kwargs={"wait": True})
+    reader.start()
+    reader.join(0.3)
+    assert reader.is_alive()
+    assert ear.engine.backlog == 1
+    (stub / "wait 1").unlink()
+    reader.join(5)
+    assert not reader.is_alive()
+    ear.hear_all()
+    assert len(ear.finals) == 2
+
+
+def test_draining_does_not_keep_the_engine_from_its_work(ear):
+    """Both wait for the same condition; news must reach the one that it is for."""
+    ear.say(NOISE[:1000], ends=False)
+    drained = []
+    waiter = threading.Thread(target=lambda: drained.append(ear.engine.drain(8)))
+    waiter.start()
+    wait_for(lambda: ear.transcripts)
+    time.sleep(0.1)
+    ear.say(NOISE[1000:2000], first=1000)
+    waiter.join()
+    assert drained == [True]
+    assert not ear.engine.drain(0) or ear.finals
+
+
+def test_drain_gives_up(ear):
+    ear.say(NOISE[:1000], ends=False)
+    assert not ear.engine.drain(0.1)
+
+
+def test_an_engine_that_does_not_start_again_at_once(ear, stub):
+    (stub / "refuse").touch()
+    ear.say(NOISE[:1000], ends=False)
+    os.kill(ear.engine.pid, signal.SIGKILL)
+    ear.say(NOISE[1000:2000], first=1000)
+    wait_for(lambda: ("engine_not_starting", "it is gone") in ear.events)
+    assert ear.engine.pid is None
+    (stub / "refuse").unlink()
+    ear.hear_all()
+    assert heard(ear.finals[1, 0])[:2] == checksum(NOISE[:2000])
+
+
+def workers():
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "worker" in str(child.cmdline())]
+
+
+def links():
+    return [thread for thread in threading.enumerate() if thread.name == "engine-link"]
+
+
+@pytest.mark.parametrize("state", ["idle", "busy", "dead", "refusing"])
+def test_stop_leaves_nothing(start, stub, state):
+    ear = start(stub / "no.tflite", reply_timeout_s=2)
+    pids = [ear.engine.pid]
+    if state == "busy":
+        (stub / "wait 1").touch()
+    if state == "refusing":
+        (stub / "refuse").touch()
+    if state in {"dead", "refusing"}:
+        os.kill(ear.engine.pid, signal.SIGKILL)
+    if state != "idle":
+        ear.say(NOISE[:1000], ends=False)
+        time.sleep(0.2)
+        pids.append(ear.engine.pid)
+    assert links()
+    assert workers() or state != "idle"
+    began = time.monotonic()
+    ear.engine.stop()
+    ear.engine.stop()  # does no harm
+    assert time.monotonic() - began < 8
+    assert not links()
+    assert not workers()
+    assert all(is_gone(pid) for pid in pids if pid)
+
+
+def test_a_broken_bundle(start, tmp_path, toy_path):
+    content = bytearray(toy_path.read_bytes())
+    content[len(content) // 2] ^= 4
+    broken = tmp_path / "broken.tflite"
+    broken.write_bytes(content)
+    with pytest.raises(BundleError, match=r"broken\.tflite: is damaged"):
+        start(broken)
+    with pytest.raises(BundleError, match=r"none\.tflite: cannot be read"):
+        start(tmp_path / "none.tflite")
+    assert not links()
+    assert not workers()
+
+
+def test_an_engine_that_dies_at_its_first_start(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(supervisors.sys, "executable", "/bin/false")
+    with pytest.raises(EngineLost, match="it ended with status 1"):
+        start(tmp_path / "any.tflite")
+
+
+def test_the_toy_says_what_it_says_in_this_process(start, toy_path, toy_bundle, litert):
+    """Through both pipes and after a restart: not a letter less."""
+    ears = transcriber.build(toy_bundle, litert, RecogniserConfig())
+    clips = [toy.babble(1.0 + 0.5 * seed, seed) for seed in range(3)]
+    expected = {}
+    for number, pcm in enumerate(clips, 1):
+        ears.feed(transcriber.whole(pcm, number))
+        expected[number, 0] = ears.finish()
+    ear = start(toy_path)
+    for number, pcm in enumerate(clips, 1):
+        ear.say(pcm[:8000], number, pieces=4, ends=False)
+        if number == 2:
+            wait_for(lambda: [t for t in ear.transcripts if t.utterance == 2])
+            os.kill(ear.engine.pid, signal.SIGKILL)
+        ear.say(pcm[8000:], number, pieces=4, first=8000)
+    ear.hear_all(30)
+    for key, final in expected.items():
+        assert ear.finals[key].text == final.text
+        assert (ear.finals[key].end, ear.finals[key].n_tokens) == (final.end, final.n_tokens)
+    assert len({final.text for final in expected.values()}) == 3
+    assert ear.engine.counters.restarts == 1
+    assert any(not t.is_final for t in ear.transcripts)
+
+
+ORPHANING = """
+import sys, time
+from pathlib import Path
+from agent.config import RecogniserConfig
+from agent.supervisor import Supervisor
+engine = Supervisor(Path(sys.argv[1]), RecogniserConfig(), Path(sys.argv[2]), print, print)
+engine.start()
+print(engine.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_engine_ends_with_the_ear(toy_path, weight_caches):
+    command = [sys.executable, "-c", ORPHANING, str(toy_path), str(weight_caches)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ear:
+        engine = int(ear.stdout.readline())
+        assert not is_gone(engine)
+        ear.kill()
+    wait_for(lambda: is_gone(engine))
