@@ -98,8 +98,9 @@ def _check_shapes(export: Export, origin: str) -> None:
         values = getattr(export, key)
         if not values or list(values) != sorted(set(values)) or values[0] < 1:
             raise ConfigError(f"{origin}: stages[0].{key}: must be positive and ascending")
-    if max(export.encode_frames) > min(max(export.cross_frames), WINDOW_FRAMES):
-        raise ConfigError(f"{origin}: stages[0].encode_frames: must not exceed cross_frames, nor {WINDOW_FRAMES}")
+    for key in ("encode_frames", "cross_frames"):
+        if getattr(export, key)[-1] != WINDOW_FRAMES:
+            raise ConfigError(f"{origin}: stages[0].{key}: must end with {WINDOW_FRAMES}: a segment may be 28 s long")
     if export.decode_tokens[0] != 1 or max(export.decode_tokens) > export.n_text_ctx:
         raise ConfigError(f"{origin}: stages[0].decode_tokens: must begin with 1 and fit into n_text_ctx")
 
