@@ -1,11 +1,11 @@
 """Errors that a caller can act on. Each carries one sentence that names the file, the key and the reason.
 
-    WhisperletError
-    ├── BundleError        the .tflite bundle cannot be used
-    ├── AudioError         the audio cannot be used
-    │   └── AudioDeviceLost    ... now; try again later
-    ├── ConfigError        the configuration is wrong
-    └── ModelError         the checkpoint is not a Whisper that can be converted
+WhisperletError
+├── BundleError        the .tflite bundle cannot be used
+├── AudioError         the audio cannot be used
+│   └── AudioDeviceLost    ... now; try again later
+├── ConfigError        the configuration is wrong
+└── ModelError         the checkpoint is not a Whisper that can be converted
 """
 
 from __future__ import annotations
