@@ -140,3 +140,12 @@ def _is_broker(url: str) -> bool:
         return parts.scheme in ("mqtt", "mqtts") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # an open bracket, or a port that is not a number up to 65535
         return False
+
+
+def checked_language(language: str, known: dict[str, int]) -> str | None:
+    """The language to transcribe, None to detect it. Raises ConfigError if the model does not have it."""
+    if language == "auto":
+        return None if known else "en"
+    if language in known or (not known and language == "en"):
+        return language
+    raise ConfigError(f"recogniser.language: the bundle does not have {language!r}; it has {', '.join(known) or 'en'}")

@@ -24,10 +24,12 @@ from whisperlet.errors import BundleError
 
 from .config import RecogniserConfig
 from .messages import SpeechChunk, Transcript
-from .worker import Batch, Failed, Heard, Ready, Reply, Request, Start, ask, pair
+from .protocol import Batch, Failed, Heard, Ready, Reply, Request, Start, ask, pair
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0  # the first start on a slow device packs the weights
+# glibc keeps what was freed unless it was mapped by itself; buffers of the engine come and go by the megabyte.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 MAX_ATTEMPTS = 3  # then a segment that kills the engine is given up
 RESTART_MAX_S = 30.0
 
@@ -61,7 +63,8 @@ class EngineProcess:
         self._connection, theirs = pair(config.reply_timeout_s)
         with theirs:
             command = [sys.executable, "-m", "agent.worker", str(theirs.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+            environment = {**os.environ, **GIVE_BACK}
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         self._start = Start(str(bundle.absolute()), str(cache_dir.absolute()), config)
 
     def wait_ready(self) -> float:

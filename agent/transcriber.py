@@ -13,12 +13,11 @@ import numpy as np
 
 from whisperlet.audio import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, Float32, samples, to_float32
 from whisperlet.bundle import Bundle
-from whisperlet.errors import ConfigError
 from whisperlet.logmel import LogMel
 from whisperlet.tokenizer import Tokenizer
 
 from . import decoding
-from .config import RecogniserConfig
+from .config import RecogniserConfig, checked_language
 from .decoding import Hypothesis
 from .engine import DecoderState, Engine
 from .messages import SpeechChunk, Transcript
@@ -195,15 +194,6 @@ class Transcriber:
         """Why the text is withheld: the model itself doubts that there was speech."""
         silent = hypothesis.no_speech_prob > self.config.no_speech_threshold
         return "no_speech" if silent and hypothesis.avg_logprob < self.config.logprob_threshold else None
-
-
-def checked_language(language: str, known: dict[str, int]) -> str | None:
-    """The language to transcribe, None to detect it. Raises ConfigError if the model does not have it."""
-    if language == "auto":
-        return None if known else "en"
-    if language in known or (not known and language == "en"):
-        return language
-    raise ConfigError(f"recogniser.language: the bundle does not have {language!r}; it has {', '.join(known) or 'en'}")
 
 
 def build(bundle: Bundle, engine: Engine, config: RecogniserConfig) -> Transcriber:

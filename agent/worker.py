@@ -8,107 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 import signal
-import socket
-import struct
 import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 
 from whisperlet.bundle import Bundle, open_bundle
 from whisperlet.errors import WhisperletError
 
 from . import transcriber
-from .config import RecogniserConfig
 from .engine import load_engine
-from .messages import SpeechChunk, Transcript
-
-
-class Start(msgspec.Struct, frozen=True, tag=True):
-    """The first request."""
-
-    bundle: str
-    cache_dir: str
-    config: RecogniserConfig
-
-
-class Batch(msgspec.Struct, frozen=True, tag=True):
-    """Speech, in order; chunks of one segment that waited are joined."""
-
-    chunks: list[SpeechChunk]
-
-
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The reply to Start."""
-
-    load_s: float
-
-
-class Heard(msgspec.Struct, frozen=True, tag=True):
-    """The reply to a Batch."""
-
-    transcripts: list[Transcript]
-    busy_s: float
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The reply to a request that cannot be met; the process ends after it."""
-
-    reason: str
-
-
-Request = Start | Batch
-Reply = Ready | Heard | Failed
-
-
-def _enc_hook(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tobytes()
-    raise NotImplementedError(type(value))
-
-
-def _dec_hook(_kind: Any, value: Any) -> Any:
-    return np.frombuffer(value, np.int16)
-
-
-_encoder = msgspec.msgpack.Encoder(enc_hook=_enc_hook)
-_requests = msgspec.msgpack.Decoder(Request, dec_hook=_dec_hook)
-_replies = msgspec.msgpack.Decoder(Reply, dec_hook=_dec_hook)
-
-
-def send(connection: Connection, message: Request | Reply) -> None:
-    """Raises OSError when the other side is gone."""
-    connection.send_bytes(_encoder.encode(message))
-
-
-def ask(connection: Connection, request: Request, timeout_s: float) -> Reply | None:
-    """One request, one reply; None if that takes too long. Raises EOFError or OSError when the engine is gone."""
-    with contextlib.suppress(BlockingIOError):  # a long request to an engine that does not even read, see `pair`
-        send(connection, request)
-        if connection.poll(timeout_s):
-            reply: Reply = _replies.decode(connection.recv_bytes())
-            return reply
-    return None
-
-
-def pair(timeout_s: float) -> tuple[Connection, socket.socket]:
-    """A connection on which sending gives up after `timeout_s`, and the engine's end of it."""
-    ours, theirs = socket.socketpair()
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout_s), 0))
-    return Connection(ours.detach()), theirs
-
-
-def _receive_request(connection: Connection) -> Request:
-    request: Request = _requests.decode(connection.recv_bytes())
-    return request
+from .messages import Transcript
+from .protocol import Batch, Failed, Heard, Ready, Start, receive_request, send
 
 
 @contextlib.contextmanager
@@ -153,7 +69,7 @@ def hear(ready: transcriber.Transcriber, batch: Batch) -> list[Transcript]:
 
 def serve(connection: Connection) -> None:
     """Answer requests until the connection closes."""
-    start = _receive_request(connection)
+    start = receive_request(connection)
     assert isinstance(start, Start), start
     began = time.monotonic()
     try:
@@ -165,7 +81,7 @@ def serve(connection: Connection) -> None:
         return
     send(connection, Ready(time.monotonic() - began))
     while True:
-        batch = _receive_request(connection)
+        batch = receive_request(connection)
         assert isinstance(batch, Batch), batch
         began = time.process_time()
         transcripts = hear(ready, batch)

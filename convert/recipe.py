@@ -24,9 +24,10 @@ class Export(Stage, frozen=True, tag="export"):
     # Encoder windows, 20 ms each. Each is at most half as long again as the one before, so no more than a third of an
     # encode is padding; 128 frames (2.6 s) hold a short command with its silence.
     encode_frames: tuple[int, ...] = (128, 256, 384, 512, 768, 1024, WINDOW_FRAMES)
-    # Lengths of cross-attention: a buffer passes between signatures only where the shapes are equal; a decoder step
-    # over 1500 frames takes twice as long as one over 512, and its keys and values fill 37 MB, those of 768 frames 19.
-    cross_frames: tuple[int, ...] = (512, 768, WINDOW_FRAMES)
+    # Lengths of cross-attention: a buffer passes between signatures only where the shapes are equal. Each further
+    # length is kept in memory as well and adds three signatures; 768 frames (19 MB) hold 12 s of speech with their
+    # silence, and a decoder step over 512 takes nearly as long.
+    cross_frames: tuple[int, ...] = (768, WINDOW_FRAMES)
     # Tokens in one pass: 1 to go on with, 4 for the prompt, 16 to verify a hypothesis; they take 1.0, 1.2 and 1.6
     # times as long.
     decode_tokens: tuple[int, ...] = (1, 4, 16)

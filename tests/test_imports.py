@@ -36,8 +36,9 @@ ALLOWED = {
     "engine": set(),
     "decoding": set(),
     "transcriber": {"decoding", "engine"},
-    "worker": {"engine", "transcriber"},
-    "supervisor": {"worker"},
+    "worker": {"engine", "protocol", "transcriber"},
+    "supervisor": {"protocol"},
+    "protocol": set(),
     # publishing
     "payloads": set(),
     "outbox": set(),
