@@ -17,11 +17,11 @@ from whisperlet.bundle import Bundle, open_bundle
 from whisperlet.errors import ConfigError, WhisperletError
 
 from . import config as configs
-from .config import Config, checked_language
+from .config import Config, checked_language, default_cache_dir
 from .messages import SpeechChunk, Transcript
 from .pipeline import Pipeline, listen
 from .sources import Source, open_source, paced
-from .supervisor import EngineLost, Supervisor, default_cache_dir
+from .supervisor import EngineLost, Supervisor
 from .vad import Gate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

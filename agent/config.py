@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -149,3 +150,8 @@ def checked_language(language: str, known: dict[str, int]) -> str | None:
     if language in known or (not known and language == "en"):
         return language
     raise ConfigError(f"recogniser.language: the bundle does not have {language!r}; it has {', '.join(known) or 'en'}")
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/whisperlet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whisperlet"

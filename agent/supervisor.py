@@ -296,8 +296,3 @@ def _take_unsent(pending: Pending) -> SpeechChunk:
     pending.chunks[pending.n_sent :] = [joined]
     pending.n_sent = len(pending.chunks)
     return joined
-
-
-def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/whisperlet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whisperlet"

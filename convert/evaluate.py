@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 
 from agent.audio_files import read_file
-from agent.config import RecogniserConfig, VadConfig
+from agent.config import RecogniserConfig, VadConfig, default_cache_dir
 from agent.messages import SpeechChunk, Transcript
-from agent.supervisor import Supervisor, default_cache_dir
+from agent.supervisor import Supervisor
 from agent.transcriber import Transcriber
 from agent.vad import Segment, quietest, segments
 from whisperlet.audio import SAMPLE_RATE, Pcm16, samples, seconds
