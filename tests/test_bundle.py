@@ -53,6 +53,10 @@ def test_any_unzip_reads_it(written):
         assert archive.namelist() == ["manifest.json", "tokenizer.json"]
         assert archive.read("tokenizer.json") == TOKENIZER
         assert min(info.header_offset for info in archive.infolist()) == len(MODEL)
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    content = written.read_bytes()
+    directory = struct.unpack("<I", content[-bundle.COMMENT_BYTES - 6 :][:4])[0]  # Python finds it wherever it lies
+    assert content[directory:].startswith(b"PK\x01\x02")
 
 
 def test_equal_inputs_make_equal_bytes(written, model, tmp_path):

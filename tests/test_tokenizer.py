@@ -32,6 +32,16 @@ def test_special_tokens_are_left_out(tokenizer):
     assert tokenizer.text([]) == tokenizer.text([SOT, EOT]) == ""
 
 
+def test_time_stamps_are_left_out():
+    """In Whisper's own tokenizer they are added tokens, but not special ones."""
+    made = make_tokenizer()
+    made.add_tokens(["<|0.00|>"])
+    tokenizer = Tokenizer(made.to_str().encode(), VOCABULARY)
+    stamp = made.token_to_id("<|0.00|>")
+    assert made.decode([stamp]) == "<|0.00|>"
+    assert tokenizer.text([stamp, *tokenizer.encode("one"), stamp]) == "one"
+
+
 @pytest.mark.parametrize(("text", "whole"), [("né", "n"), ("老人", "老"), ("a 👩", "a")])
 def test_half_a_character_is_held_back(tokenizer, text, whole):
     ids = tokenizer.encode(text)
