@@ -14,7 +14,7 @@ BUNDLE := build/$(RECIPE).tflite
 BUNDLE_SOURCES := $(sort $(wildcard convert/*.py convert/golden/* whisperlet/*.py) convert/recipes/$(RECIPE).toml) \
 	constraints.txt
 CACHE := $(or $(WHISPERLET_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/whisperlet)/bundles
-SYSTEM_PACKAGES := mosquitto portaudio19-dev pulseaudio
+SYSTEM_PACKAGES := libasound2-plugins mosquitto portaudio19-dev pulseaudio
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

@@ -18,11 +18,11 @@ from whisperlet.errors import ConfigError, WhisperletError
 
 from . import config as configs
 from .config import Config, checked_language, default_cache_dir
+from .confirm import ConfirmedGate
 from .messages import SpeechChunk, Transcript
 from .pipeline import Pipeline, listen
 from .sources import Source, open_source, paced
 from .supervisor import EngineLost, Supervisor
-from .vad import Gate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 ConfigOption = Annotated[
@@ -86,7 +86,7 @@ def _hear_file(source: Source, settings: Config, engine: Supervisor) -> None:
     def submit(speech: SpeechChunk) -> None:
         engine.submit(speech, wait=True)
 
-    listen(source, Gate(settings.vad), submit, lambda _chunk: None)
+    listen(source, ConfirmedGate(settings.vad), submit, lambda _chunk: None)
     if not engine.drain(FINAL_TIMEOUT_S):
         raise EngineLost("the engine did not finish")
 

@@ -37,6 +37,8 @@ class VadConfig(Section, frozen=True):
     start_ms: Annotated[int, msgspec.Meta(ge=20, le=1000)] = 120  # voiced time that opens the gate
     pre_roll_ms: Annotated[int, msgspec.Meta(ge=0, le=2000)] = 300  # audio kept from before the gate opened
     hang_over_ms: Annotated[int, msgspec.Meta(ge=100, le=5000)] = 500  # unvoiced time that closes the gate
+    confirm_probability: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.7  # of Silero's network; 0: webrtcvad suffices
+    confirm_ms: Annotated[int, msgspec.Meta(ge=32, le=1000)] = 96  # for so long in a row, before anything is heard
     max_segment_s: Annotated[float, msgspec.Meta(ge=5, le=28)] = 28.0  # a final is forced here at the latest
     cut_window_s: Annotated[float, msgspec.Meta(gt=0, le=5)] = 3.0  # ... at the quietest point of this last stretch
 

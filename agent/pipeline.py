@@ -20,6 +20,7 @@ from whisperlet.bundle import Bundle
 from whisperlet.errors import AudioError
 
 from .config import Config
+from .confirm import ConfirmedGate
 from .health import Notifier
 from .messages import AudioChunk, SpeechChunk, Transcript
 from .mqtt import Publisher
@@ -41,7 +42,7 @@ from .power import RaplMeter
 from .sources import Source
 from .supervisor import Supervisor
 from .telemetry import Delivery, Telemetry
-from .vad import Gate
+from .vad import Hearing
 
 log = logging.getLogger(__name__)
 DRAIN_S = 10.0  # for the last finals when the agent stops
@@ -50,7 +51,7 @@ RUNTIME = "ai-edge-litert"
 
 
 def listen(
-    source: Source, gate: Gate, submit: Callable[[SpeechChunk], None], note: Callable[[AudioChunk], None]
+    source: Source, gate: Hearing, submit: Callable[[SpeechChunk], None], note: Callable[[AudioChunk], None]
 ) -> None:
     """Everything from the source through the gate, to its end. Raises AudioError."""
     try:
@@ -75,7 +76,7 @@ class Pipeline:
         self.outbox = MemoryOutbox(config.mqtt.queue_messages)
         self.publisher = Publisher(named(config).mqtt, self.outbox, self._info(bundle), self.report)
         self.supervisor = Supervisor(bundle.path, config.recogniser, cache_dir, self._deliver, self.report)
-        self.gate = Gate(config.vad)
+        self.gate = ConfirmedGate(config.vad)
         self.source = source(self._on_source_event)
         self._notifier = Notifier()
         self._anchor = (0, time.monotonic())  # a sample, and when it was captured

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -182,9 +182,19 @@ def quietest(audio: Pcm16) -> int:
     return int(np.argmin(energy[length:] - energy[:-length])) + length // 2
 
 
-def segments(pcm: Pcm16, config: VadConfig) -> Iterator[Segment]:
+class Hearing(Protocol):
+    """What turns audio into speech: `Gate`, or one that asks for a second opinion."""
+
+    def feed(self, chunk: AudioChunk) -> list[SpeechChunk]:
+        """See `Gate.feed`."""
+
+    def flush(self) -> list[SpeechChunk]:
+        """See `Gate.flush`."""
+
+
+def segments(pcm: Pcm16, config: VadConfig, gate: Hearing | None = None) -> Iterator[Segment]:
     """Segments of a whole clip, as the gate would find them live."""
-    gate = Gate(config, clock=lambda: 0.0)
+    gate = gate or Gate(config, clock=lambda: 0.0)
     start = 0
     is_first = True
     for message in _speech(pcm, gate):
@@ -195,7 +205,7 @@ def segments(pcm: Pcm16, config: VadConfig) -> Iterator[Segment]:
             yield Segment(*message.key, start, message.speech_end, decision, message.continues)
 
 
-def _speech(pcm: Pcm16, gate: Gate) -> Iterator[SpeechChunk]:
+def _speech(pcm: Pcm16, gate: Hearing) -> Iterator[SpeechChunk]:
     for start in range(0, len(pcm), OFFLINE_BLOCK):
         yield from gate.feed(AudioChunk(pcm[start : start + OFFLINE_BLOCK], start, 0.0))
     yield from gate.flush()

@@ -17,6 +17,7 @@ import psutil
 
 from agent.audio_files import read_file
 from agent.config import RecogniserConfig, VadConfig, default_cache_dir
+from agent.confirm import ConfirmedGate
 from agent.messages import SpeechChunk, Transcript
 from agent.supervisor import Supervisor
 from agent.transcriber import Transcriber
@@ -128,7 +129,7 @@ def _since(then_s: float | None, now_s: float) -> float | None:
 def _speech(pcm: Pcm16, options: Options) -> Iterator[SpeechChunk]:
     """The clip as the gate would hand it to the engine; in a paced run when the gate would."""
     heard = np.concatenate([pcm, np.zeros(TAIL, np.int16)])
-    found = list(segments(heard, options.vad)) if options.segment or options.pace else []
+    found = list(segments(heard, options.vad, ConfirmedGate(options.vad))) if options.segment or options.pace else []
     if not options.segment:
         found = list(one_utterance(pcm, found, options.vad))
     if options.pace:

@@ -32,6 +32,7 @@ ALLOWED = {
     "resampling": set(),
     "ring": set(),
     "vad": set(),
+    "confirm": {"vad"},
     # recognition
     "engine": set(),
     "decoding": set(),
