@@ -11,7 +11,7 @@ import numpy as np
 from whisperlet.audio import Float32
 from whisperlet.bundle import Vocabulary
 
-MAX_PERIOD = 16  # tokens; a loop that is longer than this ends at the token limit
+MAX_PERIOD = 64  # tokens, a long sentence; a loop that is longer than this ends at the token limit
 MIN_REPEATED = 12  # tokens that a loop must fill ...
 MIN_REPEATS = 3  # ... and times that it must come round, before it counts as one
 

@@ -14,6 +14,7 @@ from whisperlet.errors import AudioDeviceLost, AudioError
 
 from .config import SourceConfig
 from .messages import AudioChunk
+from .quiet import quiet_stderr
 from .resampling import Resampler
 from .ring import Block, Ring, SourceCounters
 
@@ -203,7 +204,8 @@ class ReopeningMicrophone:
 
 def _started(pyaudio: Any) -> Any:
     try:
-        return pyaudio.PyAudio()
+        with quiet_stderr():  # ALSA and JACK name every device that is not there
+            return pyaudio.PyAudio()
     except OSError as error:
         raise AudioDeviceLost(f"microphone: PortAudio does not start: {error.args[-1]}") from None
 

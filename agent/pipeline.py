@@ -80,6 +80,9 @@ class Pipeline:
         self.source = source(self._on_source_event)
         self._notifier = Notifier()
         self._anchor = (0, time.monotonic())  # a sample, and when it was captured
+        self._said: tuple[int, int, str, int] | None = (
+            None  # by the last transcript; a partial without news is not sent
+        )
         self._stopping = threading.Event()
         self._pulse = threading.Thread(target=self._run_pulse, name="pulse", daemon=True)
 
@@ -137,8 +140,10 @@ class Pipeline:
         else:
             payload = partial_payload(transcript, clock, self.session)
         self.telemetry.add(payload)
-        if payload.text or payload.is_final:
+        said = (payload.utterance, payload.segment, payload.text, payload.stable_chars)
+        if payload.is_final or (payload.text and said != self._said):
             self._publish(payload)
+        self._said = said
 
     def _publish(self, payload: Payload) -> None:
         self.publisher.put(to_envelope(payload))

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -25,20 +24,7 @@ from . import transcriber
 from .engine import load_engine
 from .messages import Transcript
 from .protocol import Batch, Failed, Heard, Ready, Start, receive_request, send
-
-
-@contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """LiteRT announces each accelerator that it lacks on file descriptor 2, and has no switch for it."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as null:  # noqa: PTH123 - a descriptor is wanted
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+from .quiet import quiet_stderr
 
 
 def load(start: Start, bundle: Bundle) -> transcriber.Transcriber:

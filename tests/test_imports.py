@@ -28,7 +28,7 @@ ALLOWED = {
     # audio
     "sources": {"audio_files", "microphone", "ring"},
     "audio_files": {"resampling"},
-    "microphone": {"resampling", "ring"},
+    "microphone": {"quiet", "resampling", "ring"},
     "resampling": set(),
     "ring": set(),
     "vad": set(),
@@ -37,9 +37,10 @@ ALLOWED = {
     "engine": set(),
     "decoding": set(),
     "transcriber": {"decoding", "engine"},
-    "worker": {"engine", "protocol", "transcriber"},
+    "worker": {"engine", "protocol", "quiet", "transcriber"},
     "supervisor": {"protocol"},
     "protocol": set(),
+    "quiet": set(),
     # publishing
     "payloads": set(),
     "outbox": set(),

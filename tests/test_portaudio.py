@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from agent.audio_files import read_file
-from agent.config import SourceConfig
+from agent.config import RecogniserConfig, SourceConfig
+from agent.messages import SpeechChunk
 from agent.microphone import Microphone, ReopeningMicrophone
 from agent.ring import SourceCounters
+from agent.supervisor import Supervisor
 from whisperlet.audio import SAMPLE_RATE, seconds
 from whisperlet.errors import AudioDeviceLost
 
@@ -194,3 +196,24 @@ def test_nothing_plugged_in(room):
     room.unplug()
     with pytest.raises(AudioDeviceLost, match="no audio input device"):
         Microphone(SourceConfig())
+
+
+@pytest.mark.bundle
+def test_nothing_is_dropped_while_the_longest_encode_runs(room, real_bundle, tmp_path):
+    finals = []
+    engine = Supervisor(
+        real_bundle.path, RecogniserConfig(partials=False), tmp_path, finals.append, lambda *event: finals.append(event)
+    )
+    engine.start()
+    try:
+        microphone = Microphone(SourceConfig(device="room", ring_s=0.5))
+        window = np.zeros(28 * SAMPLE_RATE, np.int16)
+        for utterance in range(3):
+            engine.submit(SpeechChunk(utterance, 0, window, 0, is_last=True, speech_end=len(window)))
+        n_heard = sum(len(chunk.samples) for chunk in listen(microphone, 3.0))
+        assert engine.drain(60)
+    finally:
+        engine.stop()
+    assert len(finals) == 3
+    assert n_heard >= 3 * SAMPLE_RATE
+    assert (microphone.counters.dropped_samples, microphone.counters.overflows) == (0, 0)
