@@ -1,4 +1,4 @@
-"""Scores, sets of recordings, and `whisperlet-convert evaluate` from end to end on the toy."""
+"""Sets of recordings, and `whisperlet-convert evaluate` from end to end on the toy."""
 
 import itertools
 import json
@@ -15,82 +15,10 @@ from typer.testing import CliRunner
 from agent import transcriber
 from agent.config import RecogniserConfig, VadConfig
 from agent.vad import segments
-from convert import evaluate, evaluation, scoring, speechset
+from convert import evaluate, scoring, speechset
 from convert.__main__ import app
-from convert.evaluate import Options, one_utterance
+from convert.evaluate import one_utterance
 from whisperlet.errors import ConfigError
-
-# ---- scoring
-
-
-@pytest.mark.parametrize(
-    ("language", "text", "normalised"),
-    [
-        ("en", "Mr. Brown's colours: it's twenty-five!", "mister brown is colors it is 25"),
-        ("en", "um, I'm [noise] gonna", "i am going to"),
-        ("de", "Größe: 12,5!", "größe 12 5"),
-        ("zh", "這個聽說。", "这个听说"),
-        ("ja", "聽說。", "聽說"),
-    ],
-)
-def test_normalise(language, text, normalised):
-    assert scoring.normalise(text, language) == normalised
-
-
-def test_word_error_rate():
-    assert scoring.word_error_rate([("a b c d", "a x c")]) == pytest.approx(50)
-    assert scoring.word_error_rate([("a b", "a b"), ("c d e f g h", "")]) == pytest.approx(75)  # over all words
-    assert scoring.word_error_rate([("a", "a b c")]) == pytest.approx(200)
-    assert scoring.word_error_rate([("", "noise"), ("a", "a")]) == 0
-    assert scoring.word_error_rate([("", "noise")]) is scoring.word_error_rate([]) is None
-
-
-def test_character_error_rate():
-    assert scoring.character_error_rate([("这个 听说", "这 个听")]) == pytest.approx(25)
-    assert scoring.character_error_rate([("", "noise")]) is None
-
-
-def scored(ref, hyp, language="en", **changes):
-    plain = {
-        "id": "c", "duration_s": 2.0, "finalise_ms": None, "end_to_final_ms": None, "rejected": [],
-        "ref": ref, "hyp": hyp, "language": language,
-    }  # fmt: skip
-    return evaluation.Scored(**plain | changes)
-
-
-def summary(*clips, usage=None):
-    return evaluation.summary("m", "s", list(clips), usage, asked(Options()), 123)
-
-
-def asked(options):
-    """How `evaluate` hands its options to the summary."""
-    import msgspec
-
-    return msgspec.to_builtins(options)
-
-
-def test_clips_without_text_are_counted_but_not_scored():
-    result = summary(scored("red blue", "red"), scored(None, "hello"), scored(None, ""), scored("", "words"))
-    assert (result.n, result.n_without_text, result.n_hallucinated) == (4, 2, 1)
-    assert result.wer == 50
-    assert result.audio_s == 8
-    assert result.core_s_per_audio_s is result.rss_mb is result.finalise_ms is None
-
-
-def test_languages_without_spaces_count_by_characters_only():
-    result = summary(scored("這個聽說", "这个听", "zh"), scored("red blue", "red blue"))
-    assert result.wer == 0
-    assert result.cer == 9.09
-    assert summary(scored("這個聽說", "这个听", "zh")).wer is None
-
-
-def test_percentiles_and_usage():
-    clips = [scored("a", "a", finalise_ms=float(n), end_to_final_ms=None) for n in range(101)]
-    result = summary(*clips, scored("a", "a"), usage=evaluation.Usage(core_s=20.4, rss_mb=99.96))
-    assert (result.finalise_ms.p50, result.finalise_ms.p95) == (50, 95)
-    assert result.end_to_final_ms is None
-    assert (result.core_s_per_audio_s, result.rss_mb) == (0.1, 100.0)
-
 
 # ---- sets of recordings
 

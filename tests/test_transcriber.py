@@ -1,12 +1,10 @@
 """Policy of the transcriber, on an engine that says what a test wants to hear; then on the toy."""
 
-from types import SimpleNamespace
-
 import msgspec
 import numpy as np
 import pytest
 import toy
-from test_model import make_tokenizer
+from scripted import ScriptedEngine
 
 from agent import transcriber
 from agent.config import RecogniserConfig
@@ -14,58 +12,8 @@ from agent.messages import SpeechChunk
 from agent.transcriber import Transcriber
 from whisperlet.audio import SAMPLE_RATE
 from whisperlet.errors import ConfigError
-from whisperlet.tokenizer import Tokenizer
 
 SECOND = np.full(SAMPLE_RATE, 100, np.int16)
-
-
-class ScriptedEngine:
-    """Says `answer`, whatever it hears; takes notes."""
-
-    def __init__(self, answer="", no_speech=0.0, certainty=30.0, language=toy.EN, **manifest):
-        silence = {"default": 64, "haw": 200}
-        self.manifest = toy.make_manifest(encode_frames=[128, 256, 1500], silence_frames=silence, **manifest)
-        self.tokenizer = Tokenizer(make_tokenizer().to_str().encode(), self.manifest.vocabulary)
-        self.answer = answer
-        self.no_speech, self.certainty, self.language = no_speech, certainty, language
-        self.windows = []
-        self.passes = []
-
-    @property
-    def answer(self):
-        return self.tokenizer.text(self._answer)
-
-    @answer.setter
-    def answer(self, text):
-        self._answer = text if isinstance(text, list) else self.tokenizer.encode(text)
-
-    def new_state(self):
-        return SimpleNamespace(position=0, tokens=[])
-
-    def encode(self, state, mel):
-        self.windows.append(mel.shape[1] // 2)
-        state.position = 0
-
-    def decode(self, state, tokens):
-        self.passes.append(list(tokens))
-        rows = []
-        for token in tokens:
-            state.tokens[state.position :] = [token]
-            state.position += 1
-            rows.append(self._logits(state.tokens))
-        return np.stack(rows)
-
-    def _logits(self, tokens):
-        logits = np.zeros(280, np.float32)
-        if len(tokens) == 1:
-            logits[self.language] = 5
-            others = 278 + np.exp(5)
-            logits[toy.NO_SPEECH] = np.log(others * self.no_speech / (1 - self.no_speech) + 1e-9)
-        n_prompt = 4 if self.manifest.vocabulary.transcribe else 2
-        said = len(tokens) - n_prompt
-        if said >= 0:
-            logits[[*self._answer, toy.EOT][min(said, len(self._answer))]] += self.certainty
-        return logits
 
 
 def make(engine, **config):
