@@ -75,7 +75,7 @@ class Pipeline:
         self.telemetry = Telemetry(self.session, energy=RaplMeter().read)
         self.outbox = MemoryOutbox(config.mqtt.queue_messages)
         self.publisher = Publisher(named(config).mqtt, self.outbox, self._info(bundle), self.report)
-        self.supervisor = Supervisor(bundle.path, config.recogniser, cache_dir, self._deliver, self.report)
+        self.supervisor = Supervisor(bundle.path, config.recogniser, cache_dir, self._on_transcript, self.report)
         self.gate = ConfirmedGate(config.vad)
         self.source = source(self._on_source_event)
         self._notifier = Notifier()
@@ -131,8 +131,15 @@ class Pipeline:
     def _note(self, chunk: AudioChunk) -> None:
         self._anchor = (chunk.end, chunk.arrived_monotonic_s)
 
+    def _on_transcript(self, transcript: Transcript) -> None:
+        """Called from the engine link's thread, which must not die of one transcript."""
+        try:
+            self._deliver(transcript)
+        except Exception as error:
+            log.exception("utterance %d could not be handed on", transcript.utterance)
+            self.report("transcript_lost", f"utterance {transcript.utterance}: {error}")
+
     def _deliver(self, transcript: Transcript) -> None:
-        """Transcript -> payload; called from the engine link's thread."""
         now_s = time.monotonic()
         clock = Clock.at(time.time(), now_s, *self._anchor)
         if transcript.is_final:
