@@ -80,9 +80,7 @@ class Pipeline:
         self.source = source(self._on_source_event)
         self._notifier = Notifier()
         self._anchor = (0, time.monotonic())  # a sample, and when it was captured
-        self._said: tuple[int, int, str, int] | None = (
-            None  # by the last transcript; a partial without news is not sent
-        )
+        self._said: tuple[int, int, str, int] | None = None  # last; a partial without news is not sent
         self._stopping = threading.Event()
         self._pulse = threading.Thread(target=self._run_pulse, name="pulse", daemon=True)
 
