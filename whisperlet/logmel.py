@@ -82,8 +82,8 @@ class LogMel:
         padded = np.concatenate([mirrored, audio])
         return _log_power(np.pad(padded, (0, stop - start - len(padded))), self.n_mels)
 
-    def window(self, n_frames: int, end: int | None = None) -> Float32:
-        """What the encoder takes in: the audio up to sample `end`, then zeros. shape = (1, n_frames, n_mels)
+    def log_power(self, n_frames: int, end: int | None = None) -> Float32:
+        """log10 of the mel power of the audio up to sample `end`, then silence. shape = (n_frames, n_mels)
 
         Raises ValueError if the audio does not fit.
         """
@@ -96,8 +96,18 @@ class LogMel:
         out[:n_whole] = self._frames[:n_whole]
         if n_touched > n_whole:
             out[n_whole:n_touched] = self._compute(n_whole, n_touched, end)
-        np.maximum(out, out.max() - np.float32(DYNAMIC_RANGE), out=out)
-        return ((out + np.float32(4.0)) / np.float32(4.0))[None]
+        return out
+
+    def window(self, n_frames: int, end: int | None = None) -> Float32:
+        """What the encoder takes in: `log_power`, clamped and scaled. shape = (1, n_frames, n_mels)"""
+        power = self.log_power(n_frames, end)
+        return scaled(power, power.max())[None]
+
+
+def scaled(power: Float32, loudest: np.float32) -> Float32:
+    """Log-mel as Whisper takes it in: clamped to `DYNAMIC_RANGE` below the loudest point, about -1 to 1."""
+    clamped = np.maximum(power, loudest - np.float32(DYNAMIC_RANGE))
+    return (clamped + np.float32(4.0)) / np.float32(4.0)
 
 
 def log_mel(samples: Float32, n_frames: int, n_mels: int = 80) -> Float32:

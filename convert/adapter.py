@@ -1,0 +1,105 @@
+"""Low-rank adapters of an encoder: put in, taken out, stored, merged. The arithmetic is peft's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from whisperlet.errors import ModelError
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # every matrix of an encoder layer
+SHIPPED = "adapters"
+
+
+def attach(encoder: Any, rank: int, alpha: int) -> None:
+    """Put a low-rank adapter, which adds nothing yet, beside every matrix of the encoder's layers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS), encoder)
+
+
+def _layers(encoder: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in encoder.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def without(encoder: Any) -> Iterator[None]:
+    """The encoder as it was before the adapter."""
+    for layer in _layers(encoder):
+        layer.enable_adapters(enabled=False)
+    try:
+        yield
+    finally:
+        for layer in _layers(encoder):
+            layer.enable_adapters(enabled=True)
+
+
+def state(encoder: Any) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, by peft's names."""
+    from peft import get_peft_model_state_dict
+
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(encoder, adapter_name="default")
+    return tensors
+
+
+def restore(encoder: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Put stored tensors into an attached adapter."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(encoder, tensors)
+
+
+def save(path: Path, encoder: Any, *, rank: int, alpha: int, source_sha256: str) -> None:
+    """Write the adapter in half precision, with what it fits to, whole or not at all."""
+    tensors = {name: tensor.detach().half().contiguous() for name, tensor in state(encoder).items()}
+    metadata = {"rank": str(rank), "alpha": str(alpha), "source_sha256": source_sha256}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata)
+    partial.replace(path)
+
+
+def find(name_or_path: str) -> Path:
+    """An adapter by the name of one that ships, or by path. Raises ModelError."""
+    path = Path(name_or_path)
+    if path.suffix != ".safetensors":
+        path = Path(str(files("convert") / SHIPPED / f"{name_or_path}.safetensors"))
+    if not path.is_file():
+        raise ModelError(f"{name_or_path}: no such adapter; {path} is not a file")
+    return path
+
+
+def merge(encoder: Any, path: Path, source_sha256: str) -> None:
+    """Add a stored adapter to the encoder's own matrices. Raises ModelError if it was made for another checkpoint."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        rank, alpha = int(metadata["rank"]), int(metadata["alpha"])
+        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+        raise ModelError(f"{path}: is not an adapter, or is damaged: {error}") from None
+    if metadata.get("source_sha256") != source_sha256:
+        raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
+    attach(encoder, rank, alpha)
+    restore(encoder, tensors)
+    _unload(encoder)
+
+
+def _unload(encoder: Any) -> None:
+    """Put each adapted matrix, with what the adapter adds to it, back in the adapter's place."""
+    names = [name for name, module in encoder.named_modules() if module in set(_layers(encoder))]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        layer = encoder.get_submodule(name)
+        layer.merge()
+        setattr(encoder.get_submodule(parent), child, layer.get_base_layer())
+    encoder.requires_grad_(requires_grad=False)

@@ -1,0 +1,117 @@
+"""Audio to train on, as log-mel power, and how batches are drawn from it."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+from torch import Tensor
+
+from whisperlet.audio import SAMPLE_RATE, Float32, seconds
+from whisperlet.errors import ConfigError
+
+from . import speechset, streaming
+from .speechset import Clip
+
+LONGEST_S = 20.0  # longer recordings are cut into pieces
+SHORTEST_S = 0.5
+N_HELD_OUT = 3  # batches of `HELD_OUT_SIZE` that are measured on and never trained on
+HELD_OUT_SIZE = 4
+SUFFIXES = (".flac", ".ogg", ".opus", ".wav")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of recordings, or the first `limit` of it."""
+
+    path: Path
+    limit: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """`FOLDER`, `MANIFEST`, or either with `:N` for its first N recordings."""
+        path, separator, limit = text.rpartition(":")
+        return cls(Path(path), int(limit)) if separator and limit.isdecimal() else cls(Path(text))
+
+
+class Corpus:
+    """Utterances by language, each language sorted by length, so that a batch needs little padding."""
+
+    def __init__(self, sources: Sequence[Source], n_mels: int, advance: Callable[[str], None] = lambda _: None) -> None:
+        self._described: list[dict[str, Any]] = []
+        self.by_language: dict[str, list[Tensor]] = defaultdict(list)
+        for source in sources:
+            self._add(source, n_mels, advance)
+        for clips in self.by_language.values():
+            clips.sort(key=len)
+        self.held_out = [self._take_out(i) for i in range(N_HELD_OUT)]
+        lengths = [sum(map(len, clips)) for clips in self.by_language.values()]
+        self._weights = [length**0.5 for length in lengths]  # a small language is heard more often than its share
+
+    def _add(self, source: Source, n_mels: int, advance: Callable[[str], None]) -> None:
+        clips = find(source.path)[: source.limit]
+        n_samples = 0
+        for clip in clips:
+            audio = _read(clip.audio)
+            n_samples += len(audio)
+            self.by_language[clip.language] += [streaming.log_power(piece, n_mels) for piece in pieces(audio)]
+            advance(clip.id)
+        self._described.append({"name": source.path.name, "clips": len(clips), "seconds": round(seconds(n_samples), 1)})
+
+    def _take_out(self, number: int) -> list[Tensor]:
+        """Utterances of like length of the largest language."""
+        clips = max(self.by_language.values(), key=len)
+        if len(clips) < 2 * HELD_OUT_SIZE * N_HELD_OUT:
+            return clips[:HELD_OUT_SIZE]
+        start = len(clips) * (number + 1) // (N_HELD_OUT + 1)
+        taken = clips[start : start + HELD_OUT_SIZE]
+        del clips[start : start + HELD_OUT_SIZE]
+        return taken
+
+    def batch(self, rng: random.Random, n_frames: int, silence: int) -> list[Tensor]:
+        """Utterances of one language and of like length, `n_frames` (20 ms) with padding and silence."""
+        clips = rng.choices(list(self.by_language.values()), self._weights)[0]
+        first = rng.randrange(len(clips))
+        batch = [clips[first]]
+        for clip in clips[first + 1 :]:
+            if (len(batch) + 1) * (len(clip) // 2 + silence) > n_frames:
+                break
+            batch.append(clip)
+        return batch
+
+    def described(self) -> list[dict[str, Any]]:
+        """Name, clips and seconds of each source."""
+        return self._described
+
+
+def find(source: Path) -> list[Clip]:
+    """Clips of a manifest, or every audio file of a folder without one. Raises ConfigError."""
+    if source.is_file() or (source / "manifest.jsonl").is_file():
+        return speechset.read(source)
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ConfigError(f"{source}: holds neither a manifest.jsonl nor audio ({', '.join(SUFFIXES)})")
+    return [Clip(path.stem, path, None, "unknown") for path in files]
+
+
+def pieces(audio: Float32) -> list[Float32]:
+    """The audio in equal pieces that are short enough; nothing where there is hardly any."""
+    n = -(-len(audio) // round(LONGEST_S * SAMPLE_RATE))
+    return [piece for piece in np.array_split(audio, max(1, n)) if len(piece) >= SHORTEST_S * SAMPLE_RATE]
+
+
+def _read(path: Path) -> Float32:
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    mono = audio.mean(1)
+    resampled: Float32 = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
+    return resampled

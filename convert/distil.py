@@ -1,0 +1,257 @@
+"""Teaches an encoder to stream, from nothing but audio.
+
+Teacher and student are the same encoder: the teacher sees a whole utterance with ample silence after it, the student
+has a low-rank adapter and sees it in chunks with cached keys and values, or whole with little silence. The loss is the
+squared error of the student's frames relative to the teacher's energy; nobody needs to know what was said.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from whisperlet.errors import ModelError
+
+from . import adapter, streaming
+from .corpus import Corpus, Source
+from .machine import describe
+from .model import Checkpoint
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """How to train. Frames are 20 ms."""
+
+    steps: int = 200
+    batch_frames: int = 3000  # of audio in a step, over all its utterances
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    final_rate: float = 0.05  # of the learning rate, at the end of a cosine
+    clip_norm: float = 1.0
+    rank: int = 32
+    alpha: int = 64
+    chunks: tuple[int, ...] = (15, 15, 15, 20, 25, 45)  # C is drawn from these ...
+    overlaps: tuple[int, ...] = (10, 20, 40, 40, 60, 75)  # ... and R from these
+    context: int = 512  # committed frames that a step looks back on
+    silence: tuple[int, int] = (48, 128)  # after an utterance, for the student: drawn between the two
+    teacher_silence: int = 256
+    tail_weight: float = 0.25  # of the frames that are not committed yet
+    seed: int = 0
+    gap_every: int = 20  # steps between measurements on held-out utterances
+    save_every: int = 10  # steps between checkpoints
+
+
+class Point(msgspec.Struct, frozen=True):
+    """One measurement on the held-out utterances: error relative to the teacher's energy."""
+
+    step: int
+    loss: float  # mean over the steps since the last point
+    streamed: float  # C 15, R 40
+    short: float  # whole, 64 frames of silence
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """How an adapter came about; written beside it."""
+
+    source: str
+    source_sha256: str
+    data: list[dict[str, Any]]
+    settings: Settings
+    curve: list[Point]
+    seconds: float
+    machine: str
+
+
+class Training:
+    """Everything that a run carries from step to step, and how it is saved."""
+
+    def __init__(self, checkpoint: Checkpoint, corpus: Corpus, settings: Settings) -> None:
+        self.checkpoint, self.corpus, self.settings = checkpoint, corpus, settings
+        torch.manual_seed(settings.seed)
+        self.encoder: Any = checkpoint.model.model.encoder
+        adapter.attach(self.encoder, settings.rank, settings.alpha)
+        self.parameters = [p for p in self.encoder.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self.step = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        self.curve: list[Point] = []
+
+    def run(self, work: Path, on_step: Callable[[Training], None] = lambda _: None) -> None:
+        """Train to the last step, from where `work` says that an earlier run was."""
+        self._resume(work)
+        if not self.curve:
+            self._measure()
+        while self.step < self.settings.steps:
+            began = time.monotonic()
+            self.losses.append(self._train_step())
+            self.step += 1
+            self.seconds += time.monotonic() - began
+            if self.step % self.settings.gap_every == 0 or self.step == self.settings.steps:
+                self._measure()
+            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
+                self._save(work)
+            on_step(self)
+
+    def _train_step(self) -> float:
+        """One batch, streamed and whole. What is drawn depends on seed and step alone, so a resumed run is the same."""
+        settings = self.settings
+        rng = random.Random(f"{settings.seed} {self.step}")  # noqa: S311 - not for secrets
+        silence = rng.randint(*settings.silence)
+        clips = self.corpus.batch(rng, settings.batch_frames, silence)
+        chunk, overlap = rng.choice(settings.chunks), rng.choice(settings.overlaps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.learning_rate * self._rate()
+        loss = self._loss(clips, silence, chunk, overlap)
+        torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss
+
+    def _loss(self, clips: Sequence[Tensor], silence: int, chunk: int, overlap: int) -> float:
+        """Leaves its gradients on the parameters; the two halves one after the other, for the sake of memory."""
+        target = self._teacher(clips, silence)
+        power = streaming.pad(list(clips), 2 * target.shape[1])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            frames = streaming.streamed(self.encoder, power, chunk, overlap, self.settings.context)
+        streamed = _stream_error(frames.float(), target, chunk, self.settings.tail_weight)
+        streamed.backward()  # type: ignore[no-untyped-call]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            whole = streaming.full(self.encoder, power)
+        short = _error(whole.float(), target).mean()
+        short.backward()  # type: ignore[no-untyped-call]
+        return float(streamed.detach() + short.detach())
+
+    def _teacher(self, clips: Sequence[Tensor], silence: int) -> Tensor:
+        """What the encoder makes of whole utterances, as many frames as the student will have."""
+        n_frames = max(len(clip) for clip in clips) // 2
+        power = streaming.pad(list(clips), 2 * min(n_frames + self.settings.teacher_silence, streaming.MAX_FRAMES))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), adapter.without(self.encoder):
+            return streaming.full(self.encoder, power)[:, : n_frames + silence].float()
+
+    def _rate(self) -> float:
+        """Linear warm-up, then half a cosine down to `final_rate`."""
+        settings, step = self.settings, self.step
+        if step < settings.warmup_steps:
+            return (step + 1) / settings.warmup_steps
+        progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+        return settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        streamed, short = [], []
+        for clips in self.corpus.held_out:
+            target = self._teacher(clips, 64)
+            power = streaming.pad(list(clips), 2 * target.shape[1])
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                frames = streaming.streamed(self.encoder, power, 15, 40, self.settings.context).float()
+                whole = streaming.full(self.encoder, power).float()
+            streamed.append(float(_stream_error(frames, target, 15, 0.0)))
+            short.append(float(_error(whole, target).mean()))
+        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        self.losses = []
+        self.curve.append(Point(self.step, _rounded(loss), _mean(streamed), _mean(short)))
+
+    def _save(self, work: Path) -> None:
+        """A checkpoint; an interruption leaves the last one whole."""
+        work.mkdir(parents=True, exist_ok=True)
+        partial = work / "checkpoint.partial"
+        progress = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "curve": msgspec.json.encode(self.curve)}
+        identity = {"settings": msgspec.json.encode(self.settings), "source": self.checkpoint.sha256}
+        tensors = {"adapter": adapter.state(self.encoder), "optimiser": self.optimiser.state_dict()}
+        torch.save({**identity, **progress, **tensors}, partial)
+        partial.replace(work / "checkpoint.pt")
+
+    def _resume(self, work: Path) -> None:
+        path = work / "checkpoint.pt"
+        if not path.is_file():
+            return
+        saved = torch.load(path, weights_only=True)
+        identity = (msgspec.json.encode(self.settings), self.checkpoint.sha256)
+        if (saved["settings"], saved["source"]) != identity:
+            raise ModelError(f"{path}: belongs to a run with other settings or another checkpoint; remove it first")
+        self.step, self.seconds, self.losses = saved["step"], saved["seconds"], saved["losses"]
+        self.curve = msgspec.json.decode(saved["curve"], type=list[Point])
+        adapter.restore(self.encoder, saved["adapter"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+
+    def write(self, target: Path) -> Record:
+        """The adapter and, beside it, how it came about."""
+        settings = self.settings
+        sha256 = self.checkpoint.sha256
+        adapter.save(target, self.encoder, rank=settings.rank, alpha=settings.alpha, source_sha256=sha256)
+        record = Record(
+            source=self.checkpoint.source,
+            source_sha256=sha256,
+            data=self.corpus.described(),
+            settings=settings,
+            curve=self.curve,
+            seconds=round(self.seconds, 1),
+            machine=describe(),
+        )
+        target.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
+        return record
+
+
+def distil(
+    checkpoint: Checkpoint, sources: Sequence[Source], settings: Settings, target: Path, console: Console
+) -> Record:
+    """Train an adapter and write it; what was begun in `<target>.work` is gone on with."""
+    work = target.with_suffix(".work")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        reading = progress.add_task("read", total=None)
+        corpus = Corpus(
+            sources, checkpoint.model.config.num_mel_bins, lambda _: progress.update(reading, advance=1, total=None)
+        )
+        training = Training(checkpoint, corpus, settings)
+        task = progress.add_task("distil", total=settings.steps)
+
+        def show(training: Training) -> None:
+            gap = training.curve[-1]
+            text = f"distil, gap streamed {gap.streamed:.4f} short {gap.short:.4f}"
+            progress.update(task, completed=training.step, description=text)
+
+        training.run(work, show)
+    record = training.write(target)
+    shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def _error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error relative to the teacher's energy, by frame. shapes = (..., d_model)"""
+    return (student - teacher).square().sum(-1) / teacher.square().sum(-1)
+
+
+def _stream_error(frames: Tensor, target: Tensor, chunk: int, tail_weight: float) -> Tensor:
+    """Mean error of the frames as they are committed, plus that of the others as they were at first.
+
+    frames shape = (batch, n_steps, width, d_model), target (batch, n, d_model)
+    """
+    n, width = target.shape[1], frames.shape[2]
+    places = torch.arange(frames.shape[1])[:, None] * chunk + torch.arange(width)
+    errors = _error(frames, target[:, places.clamp(max=n - 1)])
+    weights = torch.full((width,), tail_weight * chunk / max(1, width - chunk))
+    weights[:chunk] = 1.0
+    weights = weights * (places < n)
+    committed = (places[:, :chunk] < n).sum()
+    return (errors * weights).sum() / (len(target) * committed)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return _rounded(sum(values) / len(values))
