@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from benchmarks import alignment, base, runs, words
+import toy
+from benchmarks import alignment, base, floor, runs, words
 from benchmarks.runs import Message
 from benchmarks.words import Shown
 
 from agent.messages import Transcript
+from whisperlet.bundle import GraphSpec, TensorSpec
 
 # ---- forced alignment
 
@@ -145,3 +147,20 @@ def test_a_clip_in_blocks_loses_nothing():
         assert chunks[-1].speech_end == 1000
     audio = list(runs.audio_chunks(pcm, 10.0, start=320))
     assert (audio[0].start, audio[-1].end, audio[-1].arrived_monotonic_s) == (320, 1320, 10.0 + 1320 / 16_000)
+
+
+# ---- cost
+
+
+def test_a_token_moves_every_weight_and_the_state():
+    dims = toy.DIMS
+    square = dims.d_model**2
+    matrices = dims.n_text_layer * (6 * square + 2 * 4 * square) + dims.n_vocab * dims.d_model
+    channels = dims.n_text_layer * (6 + 4 + 1) * dims.d_model + dims.n_vocab
+    assert floor.decoder_weight_bytes(dims) == matrices + 4 * channels
+    kv = TensorSpec("self_k_0", (4, 32, 16))
+    inputs = [TensorSpec("tokens", (1, 1), "int32"), kv, TensorSpec("cross_v_0", (4, 16, 256), "float16")]
+    graph = GraphSpec("decode_1_256", inputs, [TensorSpec("logits", (1, 1, 280)), kv])
+    assert floor.state_bytes(graph) == (4 * 2048 + 2 * 16384, 4 * 2048)
+    moved = floor.traffic(toy.make_manifest(graphs=[graph]), 256)
+    assert moved.total == moved.weights + 49152
