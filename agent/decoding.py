@@ -7,12 +7,14 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from whisperlet.audio import Float32
 from whisperlet.bundle import Vocabulary
 
 MAX_PERIOD = 64  # tokens, a long sentence; a loop that is longer than this ends at the token limit
 MIN_REPEATED = 12  # tokens that a loop must fill ...
+REWIND = 50  # frames, one second; heads that look further back than that have lost their place
 MIN_REPEATS = 3  # ... and times that it must come round, before it counts as one
 
 
@@ -20,6 +22,10 @@ class Decoder(Protocol):
     """Appends tokens to a state that it holds; `position` may be set back."""
 
     position: int
+
+    @property
+    def attended(self) -> NDArray[np.int64]:
+        """Frame that each token of the last call looked at."""
 
     def decode(self, tokens: Sequence[int]) -> Float32:
         """Logits after each token. shape = (n_tokens, n_vocab)"""
@@ -124,3 +130,60 @@ def _kept(tokens: Sequence[int], eot: int, limit: int) -> tuple[int | None, bool
     if start is not None:
         return start, True
     return (len(tokens), False) if len(tokens) >= limit else (None, False)
+
+
+class Draft(msgspec.Struct, frozen=True):
+    """What is heard while the talk goes on."""
+
+    stable: list[int]  # tokens that will not change before the final
+    unstable: list[int]  # what the model would say next
+    furthest: int = 0  # frame that a stable token looked at
+    looped: bool = False  # a repetition was cut
+
+    @property
+    def tokens(self) -> list[int]:
+        """All of them."""
+        return self.stable + self.unstable
+
+
+def follow(
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    prompt: Sequence[int],
+    draft: Draft,
+    *,
+    frontier: int,
+    limit: int,
+    block: int,
+) -> Draft:
+    """Go on from what was heard before, without decoding any of it again.
+
+    A token that was chosen while its alignment heads looked at a frame before `frontier` is stable: the audio that it
+    stands for is complete (AlignAtt, Papi et al. 2023). From the first that looked beyond on, tokens are unstable. The
+    draft's unstable tokens are verified in the first pass. A token that looks far back begins to repeat what was said
+    and ends the draft.
+    """
+    stable, unstable, furthest = list(draft.stable), list[int](), draft.furthest
+    known = [*prompt, *stable]
+    decoder.position = min(decoder.position, len(known) - 1)
+    known, proposal = known[decoder.position :], draft.unstable
+    while True:
+        proposal = proposal[: max(0, block - len(known))]
+        logits = decoder.decode([*known, *proposal])
+        rows = suppress(logits[len(known) - 1 :], vocabulary, first=not (stable or unstable))
+        looks = decoder.attended[len(known) - 1 :]
+        picks = [int(token) for token in rows.argmax(-1)]
+        n = agreed(picks, proposal)
+        decoder.position -= len(proposal) - n
+        for token, frame in zip(picks[: n + 1], looks, strict=False):
+            is_over = token == vocabulary.eot or len(stable) + len(unstable) >= limit
+            if is_over or frame < furthest - REWIND:
+                return Draft(stable, unstable, furthest)
+            if unstable or frame >= frontier:
+                unstable.append(token)
+            else:
+                stable.append(token)
+                furthest = max(furthest, int(frame))
+        if (start := loop_start(stable + unstable)) is not None:
+            return Draft(stable, (stable + unstable)[len(stable) : start], furthest, looped=True)
+        known, proposal = [picks[n]], []

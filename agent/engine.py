@@ -13,24 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from whisperlet.audio import Float32
-from whisperlet.bundle import Bundle, Manifest, kv_names
+from whisperlet.bundle import Bundle, Manifest, StreamSpec, kv_names
 from whisperlet.errors import BundleError
 
-MASKED = np.float32(-1e9)  # added to a score, leaves no weight after softmax
-
-
-class DecoderState:
-    """Everything that is carried from one decoder pass to the next.
-
-    `cross` holds keys and values of the encoded audio by cross length, `self_kv` those of the tokens so far: two sets,
-    read and written in turn. What lies beyond `position` is masked, so going back is setting `position`.
-    """
-
-    def __init__(self, cross: dict[int, dict[str, Any]], self_kv: tuple[dict[str, Any], dict[str, Any]]) -> None:
-        self.cross = cross
-        self.self_kv = self_kv
-        self.n_cross = 0  # cross length in use
-        self.position = 0  # tokens so far
+from .state import DecoderState, StreamState, cross_mask, self_mask, stream_mask
 
 
 class Engine(Protocol):
@@ -45,10 +31,22 @@ class Engine(Protocol):
         """Put the keys and values of a window into `state`. mel shape = (1, 2n, n_mels), n one of encode_frames."""
 
     def decode(self, state: DecoderState, tokens: Sequence[int]) -> Float32:
-        """Append tokens; logits after each. shape = (n_tokens, n_vocab)
+        """Append tokens; logits after each. shape = (n_tokens, n_vocab). Leaves `state.attended`.
 
         Raises ValueError if there is no room for them.
         """
+
+    def new_stream(self, spec: StreamSpec) -> StreamState:
+        """Room for one segment at a time."""
+
+    def listen(self, stream: StreamState, mel: Float32, n_frames: int) -> None:
+        """One step of the streaming encoder: `n_frames` of audio from `stream.committed` on, then padding.
+
+        A step that is full commits its chunk. mel shape = (1, 2 * width + 3, n_mels), see `LogMel.stretch`.
+        """
+
+    def attend(self, state: DecoderState, stream: StreamState) -> None:
+        """Let the decoder look at what the stream holds. Tokens so far are kept."""
 
 
 def pass_size(manifest: Manifest, n_tokens: int, room: int) -> int:
@@ -62,35 +60,43 @@ def pass_size(manifest: Manifest, n_tokens: int, room: int) -> int:
     return min((size for size in fitting if size >= n_tokens), default=max(fitting))
 
 
-def self_mask(n_tokens: int, position: int, n_text_ctx: int) -> Float32:
-    """Each token sees those before it and itself. shape = (n_tokens, n_text_ctx)"""
-    sees = np.arange(n_text_ctx)[None] <= position + np.arange(n_tokens)[:, None]
-    return np.where(sees, np.float32(0), MASKED)
-
-
-def cross_mask(n_frames: int, n_cross: int) -> Float32:
-    """Hides the padding after the encoded frames. shape = (1, n_cross)"""
-    return np.where(np.arange(n_cross)[None] < n_frames, np.float32(0), MASKED)
-
-
 class _Passes:
-    """`decode` in passes of the sizes that the bundle has."""
+    """What both runtimes share: `decode` in passes of the sizes that the bundle has, and a stream's bookkeeping."""
 
     manifest: Manifest
 
+    def new_stream(self, spec: StreamSpec) -> StreamState:
+        """See `Engine`."""
+        return StreamState(self.manifest.dims, spec, self.manifest.cross_frames[0])
+
+    def listen(self, stream: StreamState, mel: Float32, n_frames: int) -> None:
+        """See `Engine`."""
+        end = stream.committed + n_frames + stream.spec.padding
+        if end > stream.n_cross:
+            stream.grow(next(n for n in self.manifest.cross_frames if n >= end))
+        mask = stream_mask(stream.spec, stream.committed, n_frames)
+        stream.take_in(self._run_stream(stream, mel, mask), n_frames)
+
+    def _run_stream(self, stream: StreamState, mel: Float32, mask: Float32) -> dict[str, Float32]:
+        raise NotImplementedError
+
     def decode(self, state: DecoderState, tokens: Sequence[int]) -> Float32:
         """See `Engine`."""
-        rows, dims = [], self.manifest.dims
+        rows, attended, dims = [], [], self.manifest.dims
         while tokens:
             size = pass_size(self.manifest, len(tokens), dims.n_text_ctx - state.position)
             now, tokens = tokens[:size], tokens[size:]
             padded = np.full((1, size), self.manifest.vocabulary.eot, np.int32)
             padded[0, : len(now)] = now
-            rows.append(self._run_pass(state, padded)[: len(now)])
+            logits, attention = self._run_pass(state, padded)
+            rows.append(logits[: len(now)])
+            attended.append(attention[: len(now)].argmax(-1))
             state.position += len(now)
+        state.attended = np.concatenate(attended)
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
 
-    def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> Float32:
+    def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> tuple[Float32, Float32]:
+        """Logits (n_tokens, n_vocab) and attention to the audio (n_tokens, n_cross)."""
         raise NotImplementedError
 
 
@@ -110,7 +116,7 @@ class LiteRtEngine(_Passes):
         except RuntimeError as error:
             raise BundleError(f"{bundle.path}: the runtime refuses it: {error}") from None
         self._inputs: dict[str, dict[str, Any]] = {}
-        self._logits: dict[int, Any] = {}
+        self._outputs: dict[str, dict[str, Any]] = {}
 
     def new_state(self) -> DecoderState:
         """See `Engine`."""
@@ -134,12 +140,38 @@ class LiteRtEngine(_Passes):
         inputs["mel"].write(mel)
         inputs["offset"].write(np.zeros(1, np.float32))
         self._model.run_by_name(name, inputs, self._cross_buffers(state, n_cross))
+        self._mask_cross(n_frames, n_cross)
+        state.n_cross, state.position = n_cross, 0
+
+    def _mask_cross(self, n_frames: int, n_cross: int) -> None:
         for size in self.manifest.decode_tokens:
             mask = self._input_buffers(self._decode_name(size, n_cross), _DECODE_INPUTS)["cross_mask"]
             mask.write(cross_mask(n_frames, n_cross))
-        state.n_cross, state.position = n_cross, 0
 
-    def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> Float32:
+    def attend(self, state: DecoderState, stream: StreamState) -> None:
+        """See `Engine`."""
+        for name, buffer in self._cross_buffers(state, stream.n_cross).items():
+            buffer.write(stream.cross[name])
+        self._mask_cross(stream.n_frames + stream.spec.padding, stream.n_cross)
+        state.n_cross = stream.n_cross
+
+    def _run_stream(self, stream: StreamState, mel: Float32, mask: Float32) -> dict[str, Float32]:
+        name, dims = stream.spec.name, self.manifest.dims
+        inputs = self._input_buffers(name, ["mel", "offset", "mask", *stream.past])
+        written = {"mel": mel, "offset": np.array([stream.committed], np.float32), "mask": mask, **stream.past}
+        for key, value in written.items():
+            inputs[key].write(value)
+        names = [*kv_names("cross", dims.n_text_layer), *kv_names("new", dims.n_audio_layer)]
+        outputs = self._output_buffers(name, names)
+        self._model.run_by_name(name, inputs, outputs)
+        return {key: self._read(name, key, buffer) for key, buffer in outputs.items()}
+
+    def _read(self, signature: str, name: str, buffer: Any) -> Float32:
+        shape = self._model.get_output_tensor_details(signature)[name]["shape"]
+        values: Float32 = buffer.read(int(np.prod(shape)), np.float32).reshape(shape)
+        return values
+
+    def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> tuple[Float32, Float32]:
         size, dims = tokens.shape[1], self.manifest.dims
         name = self._decode_name(size, state.n_cross)
         own = self._input_buffers(name, _DECODE_INPUTS)
@@ -147,14 +179,13 @@ class LiteRtEngine(_Passes):
         own["position"].write(np.array([state.position], np.int32))
         own["self_mask"].write(self_mask(size, state.position, dims.n_text_ctx))
         read, write = state.self_kv
-        logits = self._logits.get(size)
-        if logits is None:
-            logits = self._logits[size] = self._model.create_output_buffer_by_name(name, "logits")
+        outputs = self._output_buffers(name, ["logits", "attention"])
         inputs = {**own, **read, **state.cross[state.n_cross]}
-        self._model.run_by_name(name, inputs, {"logits": logits, **write})
+        self._model.run_by_name(name, inputs, {**outputs, **write})
         state.self_kv = (write, read)
-        rows: Float32 = logits.read(size * dims.n_vocab, np.float32).reshape(size, dims.n_vocab)
-        return rows
+        logits: Float32 = outputs["logits"].read(size * dims.n_vocab, np.float32).reshape(size, dims.n_vocab)
+        attention: Float32 = outputs["attention"].read(size * state.n_cross, np.float32).reshape(size, state.n_cross)
+        return logits, attention
 
     def _cross_buffers(self, state: DecoderState, n_cross: int) -> dict[str, Any]:
         """Buffers of one cross length, in place of those of another: those of 1500 frames take 37 MB."""
@@ -170,6 +201,12 @@ class LiteRtEngine(_Passes):
             make = self._model.create_input_buffer_by_name
             self._inputs[signature] = {name: make(signature, name) for name in names}
         return self._inputs[signature]
+
+    def _output_buffers(self, signature: str, names: Sequence[str]) -> dict[str, Any]:
+        if signature not in self._outputs:
+            make = self._model.create_output_buffer_by_name
+            self._outputs[signature] = {name: make(signature, name) for name in names}
+        return self._outputs[signature]
 
     @staticmethod
     def _decode_name(n_tokens: int, n_cross: int) -> str:
@@ -206,7 +243,18 @@ class InterpreterEngine(_Passes):
         state.cross[state.n_cross] = run(mel=mel, offset=np.zeros(1, np.float32))
         state.cross[state.n_cross]["cross_mask"] = cross_mask(n_frames, state.n_cross)
 
-    def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> Float32:
+    def attend(self, state: DecoderState, stream: StreamState) -> None:
+        """See `Engine`."""
+        mask = cross_mask(stream.n_frames + stream.spec.padding, stream.n_cross)
+        state.n_cross = stream.n_cross
+        state.cross[state.n_cross] = {**stream.cross, "cross_mask": mask}
+
+    def _run_stream(self, stream: StreamState, mel: Float32, mask: Float32) -> dict[str, Float32]:
+        offset = np.array([stream.committed], np.float32)
+        outputs: dict[str, Float32] = self._runners[stream.spec.name](mel=mel, offset=offset, mask=mask, **stream.past)
+        return outputs
+
+    def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> tuple[Float32, Float32]:
         size = tokens.shape[1]
         outputs = self._runners[f"decode_{size}_{state.n_cross}"](
             tokens=tokens,
@@ -215,9 +263,9 @@ class InterpreterEngine(_Passes):
             **state.self_kv[0],
             **state.cross[state.n_cross],
         )
-        logits: Float32 = outputs.pop("logits")[0]
+        logits, attention = outputs.pop("logits")[0], outputs.pop("attention")[0]
         state.self_kv = (outputs, outputs)
-        return logits
+        return logits, attention
 
 
 def load_engine(bundle: Bundle, threads: int, cache_dir: Path) -> Engine:

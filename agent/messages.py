@@ -42,6 +42,7 @@ class SpeechChunk(msgspec.Struct, frozen=True, tag=True):
     segment: int  # counts from 0 within the utterance
     samples: np.ndarray[Any, np.dtype[np.int16]]  # shape = (n,)
     start: int  # index of samples[0]
+    voiced_end: int | None = None  # index after the last sample so far that is voiced; None: not known
     is_last: bool = False  # of this segment
     continues: bool = False  # with is_last: the talk goes on in the next segment
     speech_end: int = 0  # with is_last: index after the last voiced sample

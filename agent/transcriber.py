@@ -6,24 +6,26 @@ Knows nothing of processes, microphones or brokers: the agent, `transcribe`, the
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
-from whisperlet.audio import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, Float32, samples, to_float32
-from whisperlet.bundle import Bundle
-from whisperlet.logmel import LogMel
+from whisperlet.audio import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, samples, to_float32
+from whisperlet.bundle import Bundle, StreamSpec
+from whisperlet.errors import ConfigError
+from whisperlet.logmel import MAX_SAMPLES, LogMel
 from whisperlet.tokenizer import Tokenizer
 
 from . import decoding
 from .config import RecogniserConfig, checked_language
-from .decoding import Hypothesis
-from .engine import DecoderState, Engine
+from .decoding import Draft, Hypothesis
+from .engine import Engine
+from .follower import Bound, Follower
 from .messages import SpeechChunk, Transcript
 
 TOKENS_PER_SECOND = 25  # no language that Whisper spells byte by byte is spoken faster
 MIN_TOKENS = 16
+MIN_DETECT_FRAMES = 50  # of speech before its language is judged
 
 
 class Segment:
@@ -32,10 +34,12 @@ class Segment:
     def __init__(self, first: SpeechChunk, n_mels: int) -> None:
         self.utterance, self.segment, self.start = first.utterance, first.segment, first.start
         self.logmel = LogMel(n_mels)
-        self.n_stepped = 0  # samples that the last partial knew
         self.revision = 0
-        self.tokens: list[int] = []  # of the last hypothesis
-        self.stable: list[int] = []  # what two hypotheses in a row agreed on
+        self.language: str | None = None  # of the partials, once it is known
+        self.voiced_end: int | None = None  # samples from `start` to the end of what is voiced; None: not told
+        self.voiced_heard = 0  # samples that were fed when the last partial was made
+        self.draft: list[int] = []  # tokens to verify
+        self.in_advance: tuple[int, Heard] | None = None  # the final, should the speech end with that sample
         self.last: SpeechChunk | None = None  # the chunk that ended it
 
 
@@ -47,26 +51,11 @@ class Heard(msgspec.Struct, frozen=True):
     encode_ms: float
     decode_ms: float
 
+    stable: int | None = None  # tokens that will not change; None: all
+    in_advance: bool = False
+
 
 NOTHING_HEARD = Heard(Hypothesis([], avg_logprob=0.0, no_speech_prob=1.0, looped=False), "", 0.0, 0.0)
-
-
-class _Bound:
-    """An engine with the state that it is to work on."""
-
-    def __init__(self, engine: Engine, state: DecoderState) -> None:
-        self._engine, self._state = engine, state
-
-    @property
-    def position(self) -> int:
-        return self._state.position
-
-    @position.setter
-    def position(self, value: int) -> None:
-        self._state.position = value
-
-    def decode(self, tokens: Sequence[int]) -> Float32:
-        return self._engine.decode(self._state, tokens)
 
 
 class Transcriber:
@@ -76,35 +65,85 @@ class Transcriber:
         self.engine, self.tokenizer, self.config = engine, tokenizer, config
         self.manifest = engine.manifest
         self.language = checked_language(config.language, self.manifest.vocabulary.languages)
-        self._state = engine.new_state()
-        self._decoder = _Bound(engine, self._state)
+        self._decoder = Bound(engine)
+        self._follower = Follower(self._decoder, self.manifest, self._stream_spec()) if self.manifest.streams else None
         self._segment: Segment | None = None
+
+    def _stream_spec(self) -> StreamSpec:
+        """The configured way of streaming. Raises ConfigError if the bundle does not have it."""
+        specs = {spec.overlap: spec for spec in self.manifest.streams}
+        overlap = self.config.overlap_frames
+        if overlap is None:
+            return self.manifest.streams[0]
+        if overlap not in specs:
+            has = ", ".join(map(str, specs))
+            raise ConfigError(f"recogniser.overlap_frames: the bundle does not have {overlap}; it has {has}")
+        return specs[overlap]
 
     def feed(self, chunk: SpeechChunk) -> None:
         """Take in audio. The first chunk of another segment starts that one."""
         if self._segment is None or (self._segment.utterance, self._segment.segment) != chunk.key:
             self._segment = Segment(chunk, self.manifest.dims.n_mels)
-        self._segment.logmel.feed(to_float32(chunk.samples))
+            if self._follower:
+                self._follower.begin()
+        segment = self._segment
+        segment.logmel.feed(to_float32(chunk.samples))
+        if chunk.voiced_end is not None:
+            segment.voiced_end = chunk.voiced_end - segment.start
         if chunk.is_last:
-            self._segment.last = chunk
+            segment.last = chunk
 
     def step(self, hop_ms: float | None = None) -> Transcript | None:
-        """A partial, or None while less than a hop of audio has come since the last one; by default the configured."""
+        """A partial, or None while less than a hop of speech has come since the last one; by default the configured.
+
+        In a pause that may be the end, the final is heard in advance instead.
+        """
         segment = self._segment
-        if segment is None or not self.config.partials or segment.last is not None:
+        if segment is None or segment.last is not None:
             return None
+        if self._pauses(segment):
+            self._hear_in_advance(segment)
+            return None
+        return self._partial(segment, hop_ms or self.config.hop_ms) if self.config.partials else None
+
+    def _pauses(self, segment: Segment) -> bool:
+        silent = 0 if segment.voiced_end is None else segment.logmel.n_samples - segment.voiced_end
+        return silent >= samples(self.config.settle_ms)
+
+    def _hear_in_advance(self, segment: Segment) -> None:
+        """The final as it will be if nothing follows; thrown away if something does."""
+        end = segment.voiced_end
+        if end and self.config.final_pass and (segment.in_advance is None or segment.in_advance[0] != end):
+            segment.in_advance = end, msgspec.structs.replace(self._exact(segment, end), in_advance=True)
+
+    def _partial(self, segment: Segment, hop_ms: float) -> Transcript | None:
+        follower = self._follower
         n_samples = segment.logmel.n_samples
-        if n_samples - segment.n_stepped < samples(hop_ms or self.config.hop_ms):
+        is_silent = segment.voiced_end is not None and segment.voiced_end <= segment.voiced_heard
+        if follower is None or is_silent or not follower.is_due(segment.logmel, hop_ms):
             return None
-        segment.n_stepped = n_samples
-        heard = self._hear(segment, n_samples)
-        tokens = heard.hypothesis.tokens
-        segment.stable = tokens[: decoding.agreed(tokens, segment.tokens)]
-        segment.tokens = tokens
-        return self._transcript(segment, heard, n_samples)
+        segment.voiced_heard = n_samples
+        began = time.perf_counter()
+        follower.listen(segment.logmel)
+        follower.attend()
+        encoded = time.perf_counter()
+        language = self.language or segment.language
+        if language is None:
+            if follower.n_heard < MIN_DETECT_FRAMES:
+                return None
+            language = segment.language = self._detect()
+        end = follower.n_heard * SAMPLES_PER_FRAME
+        draft = follower.hear(self.tokenizer.prompt(language), self._token_limit(end))
+        segment.draft = draft.tokens
+        decoded = time.perf_counter()
+        heard = Heard(_unscored(draft), language, 1e3 * (encoded - began), 1e3 * (decoded - encoded), len(draft.stable))
+        return self._transcript(segment, heard, end)
 
     def finish(self) -> Transcript:
-        """The final of the segment whose last chunk has been fed: one exact pass over its speech, then zeros."""
+        """The final of the segment whose last chunk has been fed, which equals an offline decode of its speech.
+
+        With `final_pass = false` it is what the stream has come to instead.
+        """
         segment = self._segment
         assert segment is not None, "nothing was fed"
         assert segment.last is not None, "the segment goes on"
@@ -112,43 +151,71 @@ class Transcriber:
         end = segment.last.speech_end - segment.start
         if end <= 0:  # what follows a forced cut may hold no speech
             return self._transcript(segment, NOTHING_HEARD, 0)
-        heard = self._hear(segment, end)
-        if heard.hypothesis.looped:  # more silence ends most loops
-            heard = self._hear(segment, end, full_window=True)
-        return self._transcript(segment, heard, end)
+        if segment.in_advance and segment.in_advance[0] == end:
+            return self._transcript(segment, segment.in_advance[1], end)
+        is_exact = self.config.final_pass or self._follower is None
+        return self._transcript(segment, self._exact(segment, end) if is_exact else self._streamed(segment), end)
 
     def reset(self) -> None:
         """Forget the segment in hand."""
         self._segment = None
 
+    def _exact(self, segment: Segment, end: int) -> Heard:
+        """One look at the whole segment, a second one with more silence if it ended in a repetition: that ends most."""
+        heard = self._hear(segment, end)
+        return self._hear(segment, end, full_window=True) if heard.hypothesis.looped else heard
+
     def _hear(self, segment: Segment, end: int, *, full_window: bool = False) -> Heard:
         """Encode the audio up to sample `end` of the segment and decode it, verifying what was heard before."""
         began = time.perf_counter()
-        language = self.language
-        n_frames = max(self.manifest.encode_frames) if full_window else self._window(end, language)
-        self.engine.encode(self._state, segment.logmel.window(2 * n_frames, end))
+        if self._follower:
+            self._follower.displace()
+        n_frames = max(self.manifest.encode_frames) if full_window else self._window(end, self.language)
+        self.engine.encode(self._decoder.state, segment.logmel.window(2 * n_frames, end))
         encoded = time.perf_counter()
-        if language is None:
-            language = self._detect()
-        hypothesis = decoding.greedy(
-            self._decoder,
-            self.manifest.vocabulary,
-            self.tokenizer.prompt(language),
-            draft=[] if full_window else segment.tokens,
-            limit=self._token_limit(end),
-            block=max(self.manifest.decode_tokens),
-        )
+        language = self.language or self._detect()
+        hypothesis = self._verified(language, [] if full_window else segment.draft, end)
+        segment.draft = hypothesis.tokens
         decoded = time.perf_counter()
         return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded))
 
+    def _streamed(self, segment: Segment) -> Heard:
+        """What the stream makes of the segment with some silence after it."""
+        assert self._follower is not None
+        began = time.perf_counter()
+        n_silent = SAMPLES_PER_FRAME * (self._silence(self.language) + self._follower.width)
+        segment.logmel.feed(np.zeros(min(n_silent, MAX_SAMPLES - segment.logmel.n_samples), np.float32))
+        self._follower.listen(segment.logmel)
+        self._follower.attend()
+        encoded = time.perf_counter()
+        self._decoder.position = 0
+        language = self.language or segment.language or self._detect()
+        hypothesis = self._verified(language, segment.draft, segment.logmel.n_samples)
+        decoded = time.perf_counter()
+        return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded))
+
+    def _verified(self, language: str, draft: list[int], end: int) -> Hypothesis:
+        """What the decoder says about the audio that it looks at."""
+        return decoding.greedy(
+            self._decoder,
+            self.manifest.vocabulary,
+            self.tokenizer.prompt(language),
+            draft=draft,
+            limit=self._token_limit(end),
+            block=max(self.manifest.decode_tokens),
+        )
+
     def _window(self, end: int, language: str | None) -> int:
         """The smallest encoder window with room for the audio and the silence that the language needs."""
-        by_language = self.manifest.silence_frames
-        silence = self.config.silence_frames
-        if silence is None:
-            silence = by_language.get(language or "default", by_language["default"])
-        wanted = -(-end // SAMPLES_PER_FRAME) + silence
+        wanted = -(-end // SAMPLES_PER_FRAME) + self._silence(language)
         return min((n for n in self.manifest.encode_frames if n >= wanted), default=max(self.manifest.encode_frames))
+
+    def _silence(self, language: str | None) -> int:
+        """Frames of silence that the language needs after the speech."""
+        by_language = self.manifest.silence_frames
+        if self.config.silence_frames is not None:
+            return self.config.silence_frames
+        return by_language.get(language or "default", by_language["default"])
 
     def _token_limit(self, end: int) -> int:
         """How many tokens the audio can hold, within the decoder's context."""
@@ -168,7 +235,7 @@ class Transcriber:
         last, hypothesis = segment.last, heard.hypothesis
         rejected = self._rejection(hypothesis)
         text = "" if rejected else self.tokenizer.text(hypothesis.tokens)
-        stable = len(text) if last else len(self.tokenizer.text(segment.stable))
+        stable = len(self.tokenizer.text(hypothesis.tokens[: heard.stable]))
         return Transcript(
             utterance=segment.utterance,
             segment=segment.segment,
@@ -194,6 +261,10 @@ class Transcriber:
         """Why the text is withheld: the model itself doubts that there was speech."""
         silent = hypothesis.no_speech_prob > self.config.no_speech_threshold
         return "no_speech" if silent and hypothesis.avg_logprob < self.config.logprob_threshold else None
+
+
+def _unscored(draft: Draft) -> Hypothesis:
+    return Hypothesis(draft.tokens, avg_logprob=0.0, no_speech_prob=0.0, looped=draft.looped)
 
 
 def build(bundle: Bundle, engine: Engine, config: RecogniserConfig) -> Transcriber:

@@ -154,7 +154,7 @@ class Gate:
         state = self._state
         start = state.end - len(audio)
         if speech_end is None:
-            return SpeechChunk(state.utterance, state.segment, audio, start)
+            return SpeechChunk(state.utterance, state.segment, audio, start, voiced_end=state.voiced_end)
         return SpeechChunk(
             state.utterance,
             state.segment,

@@ -58,7 +58,7 @@ def export_float(
     return [spec for spec, _ in signatures(whisper, dims, stage)], list(paths), sum(peaks)
 
 
-HALVES = ("encode_", "decode_")
+HALVES = {"encode_": ("encode_", "stream_"), "decode_": ("decode_",)}  # signatures that share matrices, by file
 _steps: SimpleQueue[str] | None = None
 
 
@@ -79,7 +79,7 @@ def _export_half(modules: Path, dims: Dims, stage: Export, path: Path, half: str
     whisper = torch.load(modules, weights_only=False, mmap=True)
     converter: Any = litert_torch
     for spec, module in signatures(whisper, dims, stage):
-        if spec.name.startswith(half):
+        if spec.name.startswith(HALVES[half]):
             converter = converter.signature(spec.name, module.eval(), sample_kwargs=module.examples())
     with _overheard(_steps.put):
         converter.convert().export(str(path))

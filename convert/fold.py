@@ -14,6 +14,7 @@ The last LayerNorm of the decoder keeps its gain: the matrix after it is the tie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,6 +87,13 @@ class Attention(nn.Module):
         fitting = [n for n in divisors if n * n_scores <= MAX_SCORES]
         return max(fitting, default=divisors[0] if divisors else 1)
 
+    def watch(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`forward`, and the weights that `heads` gave to the keys, added up. shape of these = (1, n, n_keys)"""
+        weights = torch.softmax(self.heads(self.query(x)) @ k.transpose(1, 2) + mask, -1)
+        found = weights @ v.transpose(1, 2)
+        watched = sum(weights[head : head + 1] for head in heads[1:]) + weights[heads[0] : heads[0] + 1]
+        return self.out(found.transpose(0, 1).reshape(1, x.shape[1], -1)), watched
+
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(n_head, n, d_head) of the values, by scaled queries of that shape."""
@@ -120,6 +128,13 @@ class EncoderLayer(nn.Module):
         x = x + self.attention(y, *self.attention.keys_values(y))
         return x + self.mlp(x)  # type: ignore[no-any-return]
 
+    def stream(self, x: Tensor, past_k: Tensor, past_v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` over committed keys and values as well; also returns x's own, see `Attention.keys_values`."""
+        y = normalise(x)
+        k, v = self.attention.keys_values(y)
+        x = x + self.attention(y, torch.cat([past_k, k], 1), torch.cat([past_v, v], 2), mask)
+        return x + self.mlp(x), k, v
+
 
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward. The encoder's last LayerNorm is folded into `cross`."""
@@ -137,8 +152,9 @@ class FoldedWhisper(nn.Module):
     encoder_layers: Any  # of EncoderLayer; torch's own types say Module
     decoder_layers: Any  # of DecoderLayer
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, alignment_heads: Sequence[tuple[int, int]]) -> None:
         super().__init__()
+        self.alignment_heads = list(alignment_heads)  # (decoder layer, head) whose attention follows the audio
         encoder, decoder = model.model.encoder, model.model.decoder
         self.conv1, self.conv2 = encoder.conv1, encoder.conv2
         self.encoder_layers = nn.ModuleList(EncoderLayer(layer) for layer in encoder.layers)
@@ -152,6 +168,15 @@ class FoldedWhisper(nn.Module):
         """Log-mel (1, 2n, n_mels) -> (1, n, d_model), positions not yet added."""
         x = F.gelu(self.conv2(F.gelu(self.conv1(mel.transpose(1, 2)))))
         return x.transpose(1, 2)
+
+    def stem_between(self, mel: Tensor, is_inside: Tensor) -> Tensor:
+        """The stem of a stretch with its context, (1, 2n + 3, n_mels) -> (1, n, d_model).
+
+        `is_inside` (1,) is 0 at the start of the audio, where the second convolution pads with zeros, and else 1.
+        """
+        x = F.gelu(F.conv1d(mel.transpose(1, 2), self.conv1.weight, self.conv1.bias))
+        x = torch.cat([x[:, :, :1] * is_inside, x[:, :, 1:]], 2)
+        return F.gelu(F.conv1d(x, self.conv2.weight, self.conv2.bias, stride=2)).transpose(1, 2)
 
     def logits(self, x: Tensor) -> Tensor:
         """(1, n, d_model) -> (1, n, n_vocab), through the tied embedding."""

@@ -21,7 +21,7 @@ from whisperlet.errors import ModelError
 from whisperlet.logmel import log_mel
 
 from .fold import FoldedWhisper
-from .graphs import Decode, Encode, signatures
+from .graphs import Decode, Encode, Module, Stream, by_layer, signatures
 from .recipe import Export
 
 Tensors = dict[str, NDArray[Any]]
@@ -60,14 +60,32 @@ class Probe:
         self.speech = to_float32(golden_clips()[0][1])
         self._cross: dict[int, dict[str, torch.Tensor]] = {}
 
-    def inputs(self, module: Encode | Decode) -> dict[str, torch.Tensor]:
+    def inputs(self, module: Module) -> dict[str, torch.Tensor]:
         """Inputs for a signature."""
         if isinstance(module, Encode):
             return {**module.examples(), "mel": self.mel(module.n_frames)}
+        if isinstance(module, Stream):
+            return self._second_step(module)
         ids = (self.tokens * module.n_tokens)[: module.n_tokens]
         mask = torch.full((module.n_tokens, self.dims.n_text_ctx), -1e9).triu(1)
         found = {"tokens": torch.tensor([ids], dtype=torch.int32), "self_mask": mask}
         return {**module.examples(), **found, **self._cross_state(module.n_cross)}
+
+    def _second_step(self, module: Stream) -> dict[str, torch.Tensor]:
+        """A step after one that was committed."""
+        spec = module.spec
+        mel = torch.nn.functional.pad(self.mel(spec.chunk + spec.width + 1), (0, 0, 2, 0))
+        mask = torch.full((1, spec.context + spec.width), -1e9)
+        mask[:, spec.context :] = 0.0
+        first = {**module.examples(), "mel": mel[:, : 2 * spec.width + 3], "mask": mask}
+        committed = module(**first)
+        second = {**first, "mel": mel[:, 2 * spec.chunk :][:, : 2 * spec.width + 3], "mask": mask.clone()}
+        second["offset"] = torch.full((1,), float(spec.chunk))
+        second["mask"][:, : spec.chunk] = 0.0
+        for i in range(self.dims.n_audio_layer):
+            second[f"past_k_{i}"] = _placed(first[f"past_k_{i}"], committed[f"new_k_{i}"], 1)
+            second[f"past_v_{i}"] = _placed(first[f"past_v_{i}"], committed[f"new_v_{i}"], 2)
+        return second
 
     def mel(self, n_frames: int) -> torch.Tensor:
         """Log-mel of the clip in a window. shape = (1, 2 n_frames, n_mels)"""
@@ -79,6 +97,11 @@ class Probe:
             encode = Encode(self.whisper, self.dims, n_cross, n_cross)
             self._cross[n_cross] = encode(self.mel(n_cross), torch.zeros(1))
         return self._cross[n_cross]
+
+
+def _placed(state: torch.Tensor, new: torch.Tensor, axis: int) -> torch.Tensor:
+    """A copy of `state` that begins with `new`."""
+    return torch.cat([new, state.narrow(axis, new.shape[axis], state.shape[axis] - new.shape[axis])], axis)
 
 
 class Runner:
@@ -132,7 +155,8 @@ def folding_error(model: Any, probe: Probe) -> float:
     """Largest difference in logits between the folded modules and transformers' own, on a clip in a full window."""
     prompt = torch.tensor([probe.tokens])
     expected = model(input_features=probe.mel(WINDOW_FRAMES).transpose(1, 2), decoder_input_ids=prompt).logits
-    decode = Decode(probe.whisper, probe.dims, len(probe.tokens), WINDOW_FRAMES)
+    watched = by_layer(probe.whisper.alignment_heads)
+    decode = Decode(probe.whisper, probe.dims, len(probe.tokens), WINDOW_FRAMES, watched)
     return float((decode(**probe.inputs(decode))["logits"] - expected).abs().max())
 
 

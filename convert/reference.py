@@ -89,6 +89,7 @@ def manifest(checkpoint: Checkpoint, name: str, dims: Dims | None = None) -> Man
         encode_frames=[WINDOW_FRAMES],
         cross_frames=[WINDOW_FRAMES],
         decode_tokens=[1, 4, 16],
+        streams=[],
         silence_frames={"default": 0},
         graphs=[],
         source=checkpoint.source,

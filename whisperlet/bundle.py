@@ -19,7 +19,7 @@ import msgspec
 
 from .errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 COMMENT_PREFIX = b"whisperlet sha256 "
@@ -67,6 +67,30 @@ class Dims(msgspec.Struct, frozen=True):
         return self.d_model // self.n_head
 
 
+class StreamSpec(msgspec.Struct, frozen=True):
+    """A way of streaming, in encoder frames of 20 ms: the signature `stream_<chunk>_<overlap>`."""
+
+    chunk: int  # committed by a step
+    overlap: int  # after them, computed again by the next step
+    padding: int  # of silence after those, which the decoder takes for the end of the speech
+    context: int  # committed ones that a step looks back on at the most
+
+    @property
+    def reach(self) -> int:
+        """Frames of audio that a step computes."""
+        return self.chunk + self.overlap
+
+    @property
+    def width(self) -> int:
+        """Frames that a step computes, its padding included."""
+        return self.reach + self.padding
+
+    @property
+    def name(self) -> str:
+        """Of the signature."""
+        return f"stream_{self.chunk}_{self.overlap}"
+
+
 class Vocabulary(msgspec.Struct, frozen=True):
     """Ids that decoding needs to know."""
 
@@ -91,6 +115,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     encode_frames: list[int]
     cross_frames: list[int]
     decode_tokens: list[int]
+    streams: list[StreamSpec]  # the first by default; none in a model that was not exported
     silence_frames: dict[str, int]  # zeros after the speech, by language; "default" for the others
     graphs: list[GraphSpec]
     source: str
@@ -114,7 +139,7 @@ class Bundle(msgspec.Struct, frozen=True):
 
 
 def kv_names(kind: str, n_layer: int) -> list[str]:
-    """Names of the key and value tensors of a kind of attention ("self" or "cross")."""
+    """Names of the key and value tensors of a kind of attention: "self", "cross", "past" or "new" (streaming)."""
     return [f"{kind}_{part}_{layer}" for layer in range(n_layer) for part in "kv"]
 
 

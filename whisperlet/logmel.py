@@ -103,6 +103,19 @@ class LogMel:
         power = self.log_power(n_frames, end)
         return scaled(power, power.max())[None]
 
+    def stretch(self, first: int, n_frames: int, last: int) -> Float32:
+        """Complete frames [first, last), scaled by the loudest that came before `last`. shape = (1, n_frames, n_mels)
+
+        Before the audio there is the zero padding of the first convolution, after `last` silence.
+        """
+        last = min(self.n_frames, last)
+        out = np.full((n_frames, self.n_mels), SILENCE)
+        out[max(0, -first) : last - first] = self._frames[max(0, first) : last]
+        loudest = self._frames[:last].max(initial=SILENCE)
+        window = scaled(out, loudest)
+        window[: max(0, -first)] = 0.0
+        return window[None]
+
 
 def scaled(power: Float32, loudest: np.float32) -> Float32:
     """Log-mel as Whisper takes it in: clamped to `DYNAMIC_RANGE` below the loudest point, about -1 to 1."""
