@@ -1,13 +1,18 @@
 """The pure parts of the benchmarks; what they measure is measured by `make bench`, not here."""
 
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 import toy
-from benchmarks import alignment, base, floor, runs, words
+from benchmarks import accuracy, alignment, audio_mix, base, floor, runs, words
 from benchmarks.runs import Message
 from benchmarks.words import Shown
 
 from agent.messages import Transcript
+from convert.speechset import Clip
+from whisperlet.audio import to_float32
 from whisperlet.bundle import GraphSpec, TensorSpec
 
 # ---- forced alignment
@@ -164,3 +169,52 @@ def test_a_token_moves_every_weight_and_the_state():
     assert floor.state_bytes(graph) == (4 * 2048 + 2 * 16384, 4 * 2048)
     moved = floor.traffic(toy.make_manifest(graphs=[graph]), 256)
     assert moved.total == moved.weights + 49152
+
+
+# ---- accuracy
+
+
+def test_noise_is_mixed_at_the_ratio_that_was_asked_for():
+    speech, noise = toy.babble(2.0, 1), toy.babble(0.7, 2)
+    quiet = (speech // 4).astype(np.int16)
+    sums = [audio_mix.mixed(quiet, noise, 10.0, name) for name in ("a", "a", "b")]
+    assert np.array_equal(sums[0], sums[1])
+    assert not np.array_equal(sums[0], sums[2])
+    added = to_float32(sums[0]) - to_float32(quiet)
+    ratio = audio_mix.power(to_float32(quiet)) / audio_mix.power(added)
+    assert 10 * np.log10(ratio) == pytest.approx(10.0, abs=0.05)
+
+
+def test_a_mix_that_would_clip_is_turned_down():
+    loud = np.full(2000, 30_000, np.int16)
+    assert set(audio_mix.mixed(loud, loud, 0.0, "x").tolist()) <= {32_766, 32_767}
+
+
+def test_levels_are_those_that_were_asked_for():
+    levels = list(itertools.islice(audio_mix.levels_db("x", -20.0, 6.0), 500))
+    assert min(levels) < -18
+    assert max(levels) > 4
+    assert levels == list(itertools.islice(audio_mix.levels_db("x", -20.0, 6.0), 500))
+    assert audio_mix.louder(np.array([1000, -30_000], np.int16), 6.0206).tolist() == [2000, -32_768]
+
+
+@pytest.mark.parametrize(
+    ("text", "loop"),
+    [
+        ("so " + "and then he went " * 3, True),
+        ("and then he went and then he went", False),
+        ("no " * 12, True),
+        ("no " * 11, False),
+        ("and then he went " * 3 + "home", False),
+        ("", False),
+    ],
+)
+def test_loops(text, loop):
+    assert accuracy.is_loop(text) is loop
+
+
+def test_errors_are_counted_in_words_or_characters():
+    english = accuracy.scored(Clip("a", Path("a"), "HE SAT DOWN", "en"), "He sad down.", [])
+    chinese = accuracy.scored(Clip("b", Path("b"), "今天很好", "zh"), "今天 不好", [])
+    assert (english.n_errors, english.n_reference, chinese.n_errors, chinese.n_reference) == (1, 3, 1, 4)
+    assert accuracy.rate([english, chinese]) == pytest.approx(100 * 2 / 7, abs=0.01)
