@@ -7,14 +7,16 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from whisperlet.audio import Float32
 from whisperlet.bundle import Vocabulary
 
+from .state import Looks
+
 MAX_PERIOD = 64  # tokens, a long sentence; a loop that is longer than this ends at the token limit
 MIN_REPEATED = 12  # tokens that a loop must fill ...
 REWIND = 50  # frames, one second; heads that look further back than that have lost their place
+LOST_SHARE = 0.5  # of the heads' attention; if more goes to the padding after the audio, nothing is left to hear
 MIN_REPEATS = 3  # ... and times that it must come round, before it counts as one
 
 
@@ -24,8 +26,8 @@ class Decoder(Protocol):
     position: int
 
     @property
-    def attended(self) -> NDArray[np.int64]:
-        """Frame that each token of the last call looked at."""
+    def looks(self) -> Looks:
+        """Where the tokens of the last call looked."""
 
     def decode(self, tokens: Sequence[int]) -> Float32:
         """Logits after each token. shape = (n_tokens, n_vocab)"""
@@ -147,43 +149,49 @@ class Draft(msgspec.Struct, frozen=True):
 
 
 def follow(
-    decoder: Decoder,
-    vocabulary: Vocabulary,
-    prompt: Sequence[int],
-    draft: Draft,
-    *,
-    frontier: int,
-    limit: int,
-    block: int,
+    decoder: Decoder, vocabulary: Vocabulary, prompt: Sequence[int], draft: Draft, *, frontier: int, limit: int, block: int
 ) -> Draft:
     """Go on from what was heard before, without decoding any of it again.
 
-    A token that was chosen while its alignment heads looked at a frame before `frontier` is stable: the audio that it
-    stands for is complete (AlignAtt, Papi et al. 2023). From the first that looked beyond on, tokens are unstable. The
-    draft's unstable tokens are verified in the first pass. A token that looks far back begins to repeat what was said
-    and ends the draft.
+    The draft's unstable tokens are verified in the first pass, which appends to what is stable those that were heard
+    twice and whose alignment heads look at a frame before `frontier`: the audio that they stand for is complete (as in
+    AlignAtt, Papi et al. 2023). What is said further on is unstable, up to where the heads look at the padding rather
+    than at the audio, or far back: there the model only goes on because it must.
     """
-    stable, unstable, furthest = list(draft.stable), list[int](), draft.furthest
-    known = [*prompt, *stable]
+    known = [*prompt, *draft.stable]
     decoder.position = min(decoder.position, len(known) - 1)
-    known, proposal = known[decoder.position :], draft.unstable
+    known, proposal = known[decoder.position :], draft.unstable[:block]
+    tokens, looks = list(draft.stable), list[int]()
+    n_agreed: int | None = None
     while True:
         proposal = proposal[: max(0, block - len(known))]
         logits = decoder.decode([*known, *proposal])
-        rows = suppress(logits[len(known) - 1 :], vocabulary, first=not (stable or unstable))
-        looks = decoder.attended[len(known) - 1 :]
+        rows = suppress(logits[len(known) - 1 :], vocabulary, first=not tokens)
         picks = [int(token) for token in rows.argmax(-1)]
         n = agreed(picks, proposal)
+        n_agreed = n if n_agreed is None else n_agreed
         decoder.position -= len(proposal) - n
-        for token, frame in zip(picks[: n + 1], looks, strict=False):
-            is_over = token == vocabulary.eot or len(stable) + len(unstable) >= limit
-            if is_over or frame < furthest - REWIND:
-                return Draft(stable, unstable, furthest)
-            if unstable or frame >= frontier:
-                unstable.append(token)
-            else:
-                stable.append(token)
-                furthest = max(furthest, int(frame))
-        if (start := loop_start(stable + unstable)) is not None:
-            return Draft(stable, (stable + unstable)[len(stable) : start], furthest, looped=True)
+        frames, beyond = (values[len(known) - 1 :] for values in decoder.looks)
+        furthest = max([draft.furthest, *looks])
+        for token, frame, share in zip(picks[: n + 1], frames.tolist(), beyond.tolist(), strict=False):
+            lost = share > LOST_SHARE or frame < furthest - REWIND
+            if token == vocabulary.eot or lost or len(tokens) >= limit:
+                return _parted(tokens, looks, draft, n_agreed, frontier)
+            tokens.append(token)
+            looks.append(frame)
+        if loop_start(tokens) is not None:
+            return _parted(tokens, looks, draft, n_agreed, frontier)
         known, proposal = [picks[n]], []
+
+
+def _parted(tokens: list[int], looks: list[int], draft: Draft, n_agreed: int, frontier: int) -> Draft:
+    """Tell stable from unstable tokens, and leave out the further rounds of a loop."""
+    before = len(draft.stable)
+    n_stable = 0
+    while n_stable < min(n_agreed, len(looks)) and looks[n_stable] < frontier:
+        n_stable += 1
+    start = loop_start(tokens)
+    kept = tokens if start is None else tokens[: max(start, before)]
+    n_stable = min(n_stable, len(kept) - before)
+    furthest = max([draft.furthest, *looks[:n_stable]])
+    return Draft(kept[: before + n_stable], kept[before + n_stable :], furthest, looped=start is not None)

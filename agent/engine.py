@@ -16,7 +16,7 @@ from whisperlet.audio import Float32
 from whisperlet.bundle import Bundle, Manifest, StreamSpec, kv_names
 from whisperlet.errors import BundleError
 
-from .state import DecoderState, StreamState, cross_mask, self_mask, stream_mask
+from .state import DecoderState, Looks, StreamState, cross_mask, self_mask, stream_mask
 
 
 class Engine(Protocol):
@@ -31,7 +31,7 @@ class Engine(Protocol):
         """Put the keys and values of a window into `state`. mel shape = (1, 2n, n_mels), n one of encode_frames."""
 
     def decode(self, state: DecoderState, tokens: Sequence[int]) -> Float32:
-        """Append tokens; logits after each. shape = (n_tokens, n_vocab). Leaves `state.attended`.
+        """Append tokens; logits after each. shape = (n_tokens, n_vocab). Leaves `state.looks`.
 
         Raises ValueError if there is no room for them.
         """
@@ -82,17 +82,17 @@ class _Passes:
 
     def decode(self, state: DecoderState, tokens: Sequence[int]) -> Float32:
         """See `Engine`."""
-        rows, attended, dims = [], [], self.manifest.dims
+        rows, attention, dims = [], [], self.manifest.dims
         while tokens:
             size = pass_size(self.manifest, len(tokens), dims.n_text_ctx - state.position)
             now, tokens = tokens[:size], tokens[size:]
             padded = np.full((1, size), self.manifest.vocabulary.eot, np.int32)
             padded[0, : len(now)] = now
-            logits, attention = self._run_pass(state, padded)
+            logits, weights = self._run_pass(state, padded)
             rows.append(logits[: len(now)])
-            attended.append(attention[: len(now)].argmax(-1))
+            attention.append(weights[: len(now)])
             state.position += len(now)
-        state.attended = np.concatenate(attended)
+        state.looks = Looks.of(np.concatenate(attention), state.n_frames)
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
 
     def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> tuple[Float32, Float32]:
@@ -141,7 +141,7 @@ class LiteRtEngine(_Passes):
         inputs["offset"].write(np.zeros(1, np.float32))
         self._model.run_by_name(name, inputs, self._cross_buffers(state, n_cross))
         self._mask_cross(n_frames, n_cross)
-        state.n_cross, state.position = n_cross, 0
+        state.n_cross, state.n_frames, state.position = n_cross, n_frames, 0
 
     def _mask_cross(self, n_frames: int, n_cross: int) -> None:
         for size in self.manifest.decode_tokens:
@@ -153,7 +153,7 @@ class LiteRtEngine(_Passes):
         for name, buffer in self._cross_buffers(state, stream.n_cross).items():
             buffer.write(stream.cross[name])
         self._mask_cross(stream.n_frames + stream.spec.padding, stream.n_cross)
-        state.n_cross = stream.n_cross
+        state.n_cross, state.n_frames = stream.n_cross, stream.n_frames
 
     def _run_stream(self, stream: StreamState, mel: Float32, mask: Float32) -> dict[str, Float32]:
         name, dims = stream.spec.name, self.manifest.dims
@@ -238,7 +238,7 @@ class InterpreterEngine(_Passes):
         """See `Engine`."""
         n_frames = mel.shape[1] // 2
         state.n_cross = next(n for n in self.manifest.cross_frames if n >= n_frames)
-        state.position = 0
+        state.n_frames, state.position = n_frames, 0
         run = self._runners[f"encode_{n_frames}"]
         state.cross[state.n_cross] = run(mel=mel, offset=np.zeros(1, np.float32))
         state.cross[state.n_cross]["cross_mask"] = cross_mask(n_frames, state.n_cross)
@@ -246,7 +246,7 @@ class InterpreterEngine(_Passes):
     def attend(self, state: DecoderState, stream: StreamState) -> None:
         """See `Engine`."""
         mask = cross_mask(stream.n_frames + stream.spec.padding, stream.n_cross)
-        state.n_cross = stream.n_cross
+        state.n_cross, state.n_frames = stream.n_cross, stream.n_frames
         state.cross[state.n_cross] = {**stream.cross, "cross_mask": mask}
 
     def _run_stream(self, stream: StreamState, mel: Float32, mask: Float32) -> dict[str, Float32]:

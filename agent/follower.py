@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from whisperlet.audio import FRAMES_PER_SECOND, WINDOW_FRAMES, Float32
 from whisperlet.bundle import Manifest, StreamSpec
 from whisperlet.logmel import LogMel
@@ -14,6 +11,7 @@ from whisperlet.logmel import LogMel
 from . import decoding
 from .decoding import Draft
 from .engine import Engine
+from .state import Looks
 
 MEL_PER_FRAME = 2  # the second convolution has stride 2
 CONTEXT_BEFORE, CONTEXT_AFTER = 2, 1  # mel frames around an encoder frame's own two that the convolutions see
@@ -37,9 +35,9 @@ class Bound:
         self.state.position = value
 
     @property
-    def attended(self) -> NDArray[np.int64]:
-        """Frame that each token of the last call looked at."""
-        return self.state.attended
+    def looks(self) -> Looks:
+        """Where the tokens of the last call looked."""
+        return self.state.looks
 
     def decode(self, tokens: Sequence[int]) -> Float32:
         """See `Engine.decode`."""

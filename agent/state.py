@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,19 @@ from whisperlet.audio import Float32
 from whisperlet.bundle import Dims, StreamSpec, kv_names
 
 MASKED = np.float32(-1e9)  # added to a score, leaves no weight after softmax
+
+
+class Looks(NamedTuple):
+    """Where the alignment heads looked in the last call of `decode`, by token."""
+
+    frames: NDArray[np.int64]  # of the audio, the one that they looked at most
+    beyond: Float32  # share of their attention that went to the padding after the audio
+
+    @classmethod
+    def of(cls, attention: Float32, n_frames: int) -> Looks:
+        """From weights of shape (n_tokens, n_cross)."""
+        speech = attention[:, :n_frames]
+        return cls(speech.argmax(-1), 1 - speech.sum(-1) / attention.sum(-1))
 
 
 class DecoderState:
@@ -25,7 +38,8 @@ class DecoderState:
         self.self_kv = self_kv
         self.n_cross = 0  # cross length in use
         self.position = 0  # tokens so far
-        self.attended: NDArray[np.int64] = np.zeros(0, np.int64)  # frame that each token of the last call looked at
+        self.n_frames = 0  # of audio, what follows is padding
+        self.looks = Looks(np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
 class StreamState:
