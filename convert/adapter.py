@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -16,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from whisperlet.errors import ModelError
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # every matrix of an encoder layer
-SHIPPED = "adapters"
+SHIPPED = "adapters"  # folder of this package
+SUFFIX = ".safetensors"
 
 
 def attach(encoder: Any, rank: int, alpha: int) -> None:
@@ -71,10 +71,12 @@ def save(path: Path, encoder: Any, *, rank: int, alpha: int, source_sha256: str)
 def find(name_or_path: str) -> Path:
     """An adapter by the name of one that ships, or by path. Raises ModelError."""
     path = Path(name_or_path)
-    if path.suffix != ".safetensors":
-        path = Path(str(files("convert") / SHIPPED / f"{name_or_path}.safetensors"))
+    if path.suffix != SUFFIX:
+        path = Path(str(files("convert") / SHIPPED / f"{name_or_path}{SUFFIX}"))
+        if not path.is_file():
+            raise ModelError(f"{name_or_path}: no adapter of this name ships; give a {SUFFIX} file, `distil` makes one")
     if not path.is_file():
-        raise ModelError(f"{name_or_path}: no such adapter; {path} is not a file")
+        raise ModelError(f"{path}: no such adapter")
     return path
 
 
@@ -83,15 +85,23 @@ def merge(encoder: Any, path: Path, source_sha256: str) -> None:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        rank, alpha = int(metadata["rank"]), int(metadata["alpha"])
+        rank, alpha, made_for = int(metadata["rank"]), int(metadata["alpha"]), metadata["source_sha256"]
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise ModelError(f"{path}: is not an adapter, or is damaged: {error}") from None
-    if metadata.get("source_sha256") != source_sha256:
+    if made_for != source_sha256:
         raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
+    if not tensors or not all(rank in tensor.shape and tensor.isfinite().all() for tensor in tensors.values()):
+        raise ModelError(f"{path}: is damaged: its tensors are not finite, or not of rank {rank}")
     attach(encoder, rank, alpha)
+    if _shapes(tensors) != _shapes(state(encoder)):
+        raise ModelError(f"{path}: is damaged: its tensors are not those of this checkpoint's encoder")
     restore(encoder, tensors)
     _unload(encoder)
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _unload(encoder: Any) -> None:

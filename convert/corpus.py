@@ -22,7 +22,7 @@ from .speechset import Clip
 
 LONGEST_S = 20.0  # longer recordings are cut into pieces
 SHORTEST_S = 0.5
-N_HELD_OUT = 3  # batches of `HELD_OUT_SIZE` that are measured on and never trained on
+N_HELD_OUT = 3  # batches of `HELD_OUT_SIZE` that are measured on and, where there are enough, never trained on
 HELD_OUT_SIZE = 4
 SUFFIXES = (".flac", ".ogg", ".opus", ".wav")
 
@@ -42,31 +42,37 @@ class Source:
 
 
 class Corpus:
-    """Utterances by language, each language sorted by length, so that a batch needs little padding."""
+    """Utterances by language, each language sorted by length, so that a batch needs little padding.
+
+    Raises ConfigError if a source is not there, cannot be read, or all of them hold nothing to train on.
+    """
 
     def __init__(self, sources: Sequence[Source], n_mels: int, advance: Callable[[str], None] = lambda _: None) -> None:
         self._described: list[dict[str, Any]] = []
         self.by_language: dict[str, list[Tensor]] = defaultdict(list)
-        for source in sources:
-            self._add(source, n_mels, advance)
+        found = [(source.path.name, find(source.path)[: source.limit]) for source in sources]
+        for name, recordings in found:
+            self._add(name, recordings, n_mels, advance)
+        if not any(self.by_language.values()):
+            names = ", ".join(str(source.path) for source in sources)
+            raise ConfigError(f"{names}: too little audio to train on: no recording is {SHORTEST_S} s long")
         for clips in self.by_language.values():
             clips.sort(key=len)
         self.held_out = [self._take_out(i) for i in range(N_HELD_OUT)]
         lengths = [sum(map(len, clips)) for clips in self.by_language.values()]
         self._weights = [length**0.5 for length in lengths]  # a small language is heard more often than its share
 
-    def _add(self, source: Source, n_mels: int, advance: Callable[[str], None]) -> None:
-        clips = find(source.path)[: source.limit]
+    def _add(self, name: str, recordings: Sequence[Clip], n_mels: int, advance: Callable[[str], None]) -> None:
         n_samples = 0
-        for clip in clips:
+        for clip in recordings:
             audio = _read(clip.audio)
             n_samples += len(audio)
             self.by_language[clip.language] += [streaming.log_power(piece, n_mels) for piece in pieces(audio)]
             advance(clip.id)
-        self._described.append({"name": source.path.name, "clips": len(clips), "seconds": round(seconds(n_samples), 1)})
+        self._described.append({"name": name, "clips": len(recordings), "seconds": round(seconds(n_samples), 1)})
 
     def _take_out(self, number: int) -> list[Tensor]:
-        """Utterances of like length of the largest language."""
+        """Utterances of like length of the largest language; copies if it has only few."""
         clips = max(self.by_language.values(), key=len)
         if len(clips) < 2 * HELD_OUT_SIZE * N_HELD_OUT:
             return clips[:HELD_OUT_SIZE]
@@ -95,6 +101,8 @@ def find(source: Path) -> list[Clip]:
     """Clips of a manifest, or every audio file of a folder without one. Raises ConfigError."""
     if source.is_file() or (source / "manifest.jsonl").is_file():
         return speechset.read(source)
+    if not source.is_dir():
+        raise ConfigError(f"{source}: no such folder or manifest.jsonl")
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise ConfigError(f"{source}: holds neither a manifest.jsonl nor audio ({', '.join(SUFFIXES)})")
@@ -113,5 +121,7 @@ def _read(path: Path) -> Float32:
     except (soundfile.LibsndfileError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     mono = audio.mean(1)
+    if not np.isfinite(mono).all():
+        raise ConfigError(f"{path}: cannot be trained on: some samples are not numbers")
     resampled: Float32 = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
     return resampled

@@ -8,6 +8,7 @@ squared error of the student's frames relative to the teacher's energy; nobody n
 from __future__ import annotations
 
 import math
+import os
 import random
 import shutil
 import time
@@ -21,27 +22,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from whisperlet.errors import ModelError
+from whisperlet.errors import ConfigError, ModelError
 
 from . import adapter, streaming
 from .corpus import Corpus, Source
 from .machine import describe
 from .model import Checkpoint
 
+CHECKPOINT = "checkpoint.pt"
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How to train. Frames are 20 ms."""
 
-    steps: int = 200
+    steps: int = 140
     batch_frames: int = 3000  # of audio in a step, over all its utterances
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-4
     warmup_steps: int = 10
     final_rate: float = 0.05  # of the learning rate, at the end of a cosine
     clip_norm: float = 1.0
     rank: int = 32
     alpha: int = 64
     chunks: tuple[int, ...] = (15, 15, 15, 20, 25, 45)  # C is drawn from these ...
-    overlaps: tuple[int, ...] = (10, 20, 40, 40, 60, 75)  # ... and R from these
+    overlaps: tuple[int, ...] = (10, 20, 40, 40, 75)  # ... and R from these
+    padding: int = 32  # frames of silence after a step's own
     context: int = 512  # committed frames that a step looks back on
     silence: tuple[int, int] = (48, 128)  # after an utterance, for the student: drawn between the two
     teacher_silence: int = 256
@@ -55,7 +59,7 @@ class Point(msgspec.Struct, frozen=True):
     """One measurement on the held-out utterances: error relative to the teacher's energy."""
 
     step: int
-    loss: float  # mean over the steps since the last point
+    loss: float | None  # mean over the steps since the last point; of the first there are none
     streamed: float  # C 15, R 40
     short: float  # whole, 64 frames of silence
 
@@ -63,6 +67,7 @@ class Point(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """How an adapter came about; written beside it."""
 
+    file: str
     source: str
     source_sha256: str
     data: list[dict[str, Any]]
@@ -106,7 +111,7 @@ class Training:
     def _train_step(self) -> float:
         """One batch, streamed and whole. What is drawn depends on seed and step alone, so a resumed run is the same."""
         settings = self.settings
-        rng = random.Random(f"{settings.seed} {self.step}")  # noqa: S311 - not for secrets
+        rng = random.Random(f"{settings.seed} {self.step}")
         silence = rng.randint(*settings.silence)
         clips = self.corpus.batch(rng, settings.batch_frames, silence)
         chunk, overlap = rng.choice(settings.chunks), rng.choice(settings.overlaps)
@@ -123,7 +128,7 @@ class Training:
         target = self._teacher(clips, silence)
         power = streaming.pad(list(clips), 2 * target.shape[1])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            frames = streaming.streamed(self.encoder, power, chunk, overlap, self.settings.context)
+            frames = self._streamed(power, chunk, overlap)
         streamed = _stream_error(frames.float(), target, chunk, self.settings.tail_weight)
         streamed.backward()  # type: ignore[no-untyped-call]
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -131,6 +136,12 @@ class Training:
         short = _error(whole.float(), target).mean()
         short.backward()  # type: ignore[no-untyped-call]
         return float(streamed.detach() + short.detach())
+
+    def _streamed(self, power: Tensor, chunk: int, overlap: int) -> Tensor:
+        """Every step's frames, without those of its padding. shape = (batch, n_steps, chunk + overlap, d_model)"""
+        settings = self.settings
+        frames = streaming.streamed(self.encoder, power, chunk, overlap, settings.context, settings.padding)
+        return frames[:, :, : chunk + overlap]
 
     def _teacher(self, clips: Sequence[Tensor], silence: int) -> Tensor:
         """What the encoder makes of whole utterances, as many frames as the student will have."""
@@ -154,36 +165,45 @@ class Training:
             target = self._teacher(clips, 64)
             power = streaming.pad(list(clips), 2 * target.shape[1])
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                frames = streaming.streamed(self.encoder, power, 15, 40, self.settings.context).float()
+                frames = self._streamed(power, 15, 40).float()
                 whole = streaming.full(self.encoder, power).float()
             streamed.append(float(_stream_error(frames, target, 15, 0.0)))
             short.append(float(_error(whole, target).mean()))
-        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        self.curve.append(Point(self.step, _mean(self.losses) if self.losses else None, _mean(streamed), _mean(short)))
         self.losses = []
-        self.curve.append(Point(self.step, _rounded(loss), _mean(streamed), _mean(short)))
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it goes on with."""
+        settings, data = msgspec.json.encode(self.settings), msgspec.json.encode(self.corpus.described())
+        return {"settings": settings, "source": self.checkpoint.sha256, "data": data}
 
     def _save(self, work: Path) -> None:
         """A checkpoint; an interruption leaves the last one whole."""
         work.mkdir(parents=True, exist_ok=True)
         partial = work / "checkpoint.partial"
-        progress = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "curve": msgspec.json.encode(self.curve)}
-        identity = {"settings": msgspec.json.encode(self.settings), "source": self.checkpoint.sha256}
+        curve = msgspec.json.encode(self.curve)
+        progress = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "curve": curve}
         tensors = {"adapter": adapter.state(self.encoder), "optimiser": self.optimiser.state_dict()}
-        torch.save({**identity, **progress, **tensors}, partial)
-        partial.replace(work / "checkpoint.pt")
+        torch.save({**self._identity(), **progress, **tensors}, partial)
+        partial.replace(work / CHECKPOINT)
 
     def _resume(self, work: Path) -> None:
-        path = work / "checkpoint.pt"
+        """Go on from the checkpoint, if there is one. Raises ModelError if it is damaged, or not of such a run."""
+        path = work / CHECKPOINT
         if not path.is_file():
             return
-        saved = torch.load(path, weights_only=True)
-        identity = (msgspec.json.encode(self.settings), self.checkpoint.sha256)
-        if (saved["settings"], saved["source"]) != identity:
-            raise ModelError(f"{path}: belongs to a run with other settings or another checkpoint; remove it first")
-        self.step, self.seconds, self.losses = saved["step"], saved["seconds"], saved["losses"]
-        self.curve = msgspec.json.decode(saved["curve"], type=list[Point])
-        adapter.restore(self.encoder, saved["adapter"])
-        self.optimiser.load_state_dict(saved["optimiser"])
+        try:
+            saved = torch.load(path, weights_only=True)
+            is_ours = all(saved.get(key, value) == value for key, value in self._identity().items())
+            if is_ours:
+                self.step, self.seconds, self.losses = saved["step"], saved["seconds"], saved["losses"]
+                self.curve = msgspec.json.decode(saved["curve"], type=list[Point])
+                adapter.restore(self.encoder, saved["adapter"])
+                self.optimiser.load_state_dict(saved["optimiser"])
+        except Exception as error:  # unpickling alone raises five kinds
+            raise ModelError(f"{path}: is damaged; remove it to begin anew") from error
+        if not is_ours:
+            raise ModelError(f"{path}: is of a run with other settings, audio or checkpoint; remove it to begin anew")
 
     def write(self, target: Path) -> Record:
         """The adapter and, beside it, how it came about."""
@@ -191,6 +211,7 @@ class Training:
         sha256 = self.checkpoint.sha256
         adapter.save(target, self.encoder, rank=settings.rank, alpha=settings.alpha, source_sha256=sha256)
         record = Record(
+            file=target.name,
             source=self.checkpoint.source,
             source_sha256=sha256,
             data=self.corpus.described(),
@@ -203,10 +224,20 @@ class Training:
         return record
 
 
+def check_target(target: Path) -> None:
+    """Before hours of work: can the adapter be written there? Raises ConfigError."""
+    if target.suffix != adapter.SUFFIX:
+        raise ConfigError(f"{target}: an adapter's name must end with {adapter.SUFFIX}")
+    folder = next(folder for folder in target.absolute().parents if folder.exists())
+    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{target}: cannot be written")
+
+
 def distil(
     checkpoint: Checkpoint, sources: Sequence[Source], settings: Settings, target: Path, console: Console
 ) -> Record:
     """Train an adapter and write it; what was begun in `<target>.work` is gone on with."""
+    check_target(target)
     work = target.with_suffix(".work")
     target.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -249,9 +280,6 @@ def _stream_error(frames: Tensor, target: Tensor, chunk: int, tail_weight: float
     return (errors * weights).sum() / (len(target) * committed)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
 def _mean(values: Sequence[float]) -> float:
-    return _rounded(sum(values) / len(values))
+    """To four digits."""
+    return float(f"{sum(values) / len(values):.4g}")

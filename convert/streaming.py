@@ -53,7 +53,7 @@ def full(encoder: Any, power: Tensor) -> Tensor:
     return normed
 
 
-def streamed(encoder: Any, power: Tensor, chunk: int, overlap: int, context: int) -> Tensor:
+def streamed(encoder: Any, power: Tensor, chunk: int, overlap: int, context: int, padding: int = 0) -> Tensor:
     """Every step's frames as the device computes them, running maximum included.
 
     Parameters
@@ -62,16 +62,17 @@ def streamed(encoder: Any, power: Tensor, chunk: int, overlap: int, context: int
         Of a WhisperForConditionalGeneration, with or without an adapter.
     power
         log10 mel power. shape = (batch, 2n, n_mels)
-    chunk, overlap, context
-        C and R; how many committed frames a step looks back on at the most.
+    chunk, overlap, context, padding
+        C and R; how many committed frames a step looks back on at the most; frames of silence after its own, which
+        the decoder takes for the end of the speech.
 
     Returns
     -------
     Tensor
-        shape = (batch, n_steps, chunk + overlap, d_model), n_steps = ceil(n / chunk): frame i of step s is frame
-        s * chunk + i of the audio, and is committed if i < chunk.
+        shape = (batch, n_steps, chunk + overlap + padding, d_model), n_steps = ceil(n / chunk): frame i of step s is
+        frame s * chunk + i of the audio, and is committed if i < chunk.
     """
-    x = _stem(encoder, power, chunk, chunk + overlap)
+    x = _stem(encoder, power, chunk, chunk + overlap, padding)
     hidden = _hidden(x.shape[1], chunk, context)
     for layer in encoder.layers:
         x = _rest(layer, x, _attend(*_projected(layer, x), chunk, hidden))
@@ -84,16 +85,19 @@ def n_steps(n_frames: int, chunk: int) -> int:
     return -(-n_frames // chunk)
 
 
-def _stem(encoder: Any, power: Tensor, chunk: int, width: int) -> Tensor:
-    """Windows of all steps through the convolutions. shape = (batch, n_steps, width, d_model)"""
+def _stem(encoder: Any, power: Tensor, chunk: int, n_real: int, padding: int = 0) -> Tensor:
+    """Windows of all steps through the convolutions. shape = (batch, n_steps, n_real + padding, d_model)"""
+    width = n_real + padding
     batch, n_mels = power.shape[0], power.shape[2]
     steps = n_steps(power.shape[1] // 2, chunk)
     n_rows = 2 * width + 1 + CONV_CONTEXT
     after = 2 * (chunk * (steps - 1) + width) + 1 - power.shape[1]
     power = F.pad(power, (0, 0, CONV_CONTEXT, max(0, after)), value=float(SILENCE))
     windows = power.unfold(1, n_rows, 2 * chunk)[:, :steps].transpose(2, 3)
-    loudest = windows.amax((2, 3), keepdim=True).cummax(1).values
-    mel = clamp(windows, loudest)
+    n_real_rows = CONV_CONTEXT + 2 * n_real + 1
+    loudest = windows[:, :, :n_real_rows].amax((2, 3), keepdim=True).cummax(1).values
+    is_real = torch.arange(n_rows)[:, None] < n_real_rows
+    mel = clamp(torch.where(is_real, windows, float(SILENCE)), loudest)
     is_first = torch.arange(steps) == 0
     mel = torch.where(is_first[:, None, None] & (torch.arange(n_rows) < CONV_CONTEXT)[:, None], 0.0, mel)
     x = F.gelu(F.conv1d(mel.reshape(-1, n_rows, n_mels).transpose(1, 2), encoder.conv1.weight, encoder.conv1.bias))
@@ -102,7 +106,8 @@ def _stem(encoder: Any, power: Tensor, chunk: int, width: int) -> Tensor:
     x = F.gelu(F.conv1d(x, encoder.conv2.weight, encoder.conv2.bias, stride=2)).transpose(1, 2)
     frames = torch.arange(steps)[:, None] * chunk + torch.arange(width)
     positions = encoder.embed_positions.weight[frames.clamp(max=encoder.embed_positions.weight.shape[0] - 1)]
-    return x.view(batch, steps, width, -1) + positions
+    placed: Tensor = x.view(batch, steps, width, -1) + positions
+    return placed
 
 
 def _hidden(steps: int, chunk: int, context: int) -> Tensor:
@@ -128,16 +133,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, chunk: int, hidden: Tensor) -> Tens
 
     Written out, since the fused kernel would need every step's keys in one tensor and takes four times as long.
     """
-    steps, width = q.shape[1], q.shape[3]
+    steps = q.shape[1]
     q = q * q.shape[-1] ** -0.5
     flat = q.transpose(1, 2).flatten(2, 3)  # (batch, n_head, steps * width, d_head)
     committed_k, committed_v = (x[:, :, :, :chunk].transpose(1, 2).flatten(2, 3) for x in (k, v))
-    before = (flat @ committed_k.transpose(-1, -2)).unflatten(2, (steps, width)).transpose(1, 2)
+    before = _by_step(flat @ committed_k.transpose(-1, -2), steps)
     scores = torch.cat([before.masked_fill(hidden, MASKED), q @ k.transpose(-1, -2)], -1)
     weights = scores.softmax(-1, dtype=scores.dtype)
     n_committed = committed_k.shape[2]
     to_before = weights[..., :n_committed].transpose(1, 2).flatten(2, 3)
-    return (to_before @ committed_v).unflatten(2, (steps, width)).transpose(1, 2) + weights[..., n_committed:] @ v
+    return _by_step(to_before @ committed_v, steps) + weights[..., n_committed:] @ v
+
+
+def _by_step(flat: Tensor, steps: int) -> Tensor:
+    """Shape (batch, n_head, steps * width, n) -> (batch, steps, n_head, width, n)"""
+    return flat.view(*flat.shape[:2], steps, -1, flat.shape[-1]).transpose(1, 2)
 
 
 def _rest(layer: Any, x: Tensor, attended: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import model as models
+from .distil import Record
 from .evaluate import Options, evaluate_bundle, evaluate_reference
 from .evaluation import Evaluation, Percentiles, summary
 from .inspection import Contents
@@ -31,6 +32,8 @@ def show_report(report: Report, console: Console) -> None:
     for text in report.texts:
         verdict = "same text" if text.reference == text.bundle else f"differs: PyTorch heard {text.reference!r}"
         console.print(f"{text.clip}: {text.bundle!r} ({verdict})", soft_wrap=True, highlight=False)
+    if report.adapter:
+        console.print(f"encoder adapted by {report.adapter}", highlight=False)
     seconds = sum(report.seconds.values())
     console.print(
         f"{report.bundle}: {report.bundle_bytes:,} bytes, built in {seconds:.0f} s, peak memory {report.peak_rss_mb:.0f} MB"
@@ -51,6 +54,20 @@ def show_contents(contents: Contents, console: Console) -> None:
     for what, value in contents.facts.items():
         facts.add_row(what, value)
     console.print(facts)
+
+
+def show_training(record: Record, console: Console) -> None:
+    """What an adapter was trained on and how far it closed the gap to the teacher."""
+    table = Table("what", "value", title=record.file)
+    table.add_row("checkpoint", record.source)
+    for source in record.data:
+        table.add_row(source["name"], f"{source['clips']} recordings, {source['seconds'] / 60:.1f} min")
+    table.add_row("steps, time", f"{record.settings.steps}, {record.seconds / 60:.1f} min")
+    first, last = record.curve[0], record.curve[-1]
+    table.add_row("gap when streaming, before and after", f"{first.streamed:.4f}, {last.streamed:.4f}")
+    table.add_row("gap with little silence, before and after", f"{first.short:.4f}, {last.short:.4f}")
+    table.add_row("machine", record.machine)
+    console.print(table)
 
 
 def run_evaluation(model: str, manifest: Path, clips: list[Clip], options: Options, json: Path | None) -> None:

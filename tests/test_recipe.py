@@ -43,7 +43,8 @@ def test_defaults(tmp_path):
     export, quantise, package = recipe.stages(made)
     assert export == Export()
     assert export.encode_frames[-1] == export.cross_frames[-1] == 1500
-    assert export.n_signatures == len(export.encode_frames) + len(export.cross_frames) * len(export.decode_tokens)
+    n_decode = len(export.cross_frames) * len(export.decode_tokens)
+    assert export.n_signatures == len(export.encode_frames) + len(export.stream_overlaps) + n_decode
     assert quantise == Quantise(linear="int8", conv="int8")
     assert package.silence_frames == {"default": 256, "en": 64}
 

@@ -1,0 +1,279 @@
+"""Adapters: what is merged is what was trained, and nothing else is merged. And their stage of a recipe."""
+
+import hashlib
+import re
+
+import pytest
+import safetensors
+import torch
+import toy
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+
+from convert import adapter, pipeline, recipe, streaming
+from convert.recipe import Adapter, Export, Package, Quantise
+from whisperlet.errors import ConfigError, ModelError
+
+RANK, ALPHA, SOURCE = 4, 8, "5" * 64
+TOLERANCE = 1e-5
+
+
+def make_encoder():
+    return toy.make_model().requires_grad_(requires_grad=False).model.encoder
+
+
+def attached(seed=0):
+    """An encoder with a random adapter, whose numbers are exact in half precision."""
+    torch.manual_seed(seed)
+    encoder = make_encoder()
+    adapter.attach(encoder, RANK, ALPHA)
+    for tensor in adapter.state(encoder).values():
+        tensor.detach().normal_(std=0.1)
+        tensor.detach().copy_(tensor.half().float())
+    return encoder
+
+
+def heard(encoder):
+    power = torch.rand(1, 40, 80, generator=torch.Generator().manual_seed(1)) * 13.0 - 10.0
+    with torch.no_grad():
+        return streaming.full(encoder, power)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return heard(make_encoder())
+
+
+@pytest.fixture
+def path(tmp_path):
+    adapter.save(tmp_path / "toy.safetensors", attached(), rank=RANK, alpha=ALPHA, source_sha256=SOURCE)
+    return tmp_path / "toy.safetensors"
+
+
+def test_an_attached_adapter_adds_nothing_yet(plain):
+    encoder = make_encoder()
+    adapter.attach(encoder, RANK, ALPHA)
+    assert torch.equal(heard(encoder), plain)
+    assert len(adapter.state(encoder)) == 2 * 6 * len(encoder.layers)  # two a matrix, six matrices a layer
+
+
+def test_only_the_adapter_is_trained():
+    encoder = attached()
+    trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+    assert len(trained) == len(adapter.state(encoder))
+    assert all("lora" in name for name in trained)
+
+
+def test_without_it_the_encoder_is_as_before(plain):
+    encoder = attached()
+    before = heard(encoder)
+    assert (before - plain).abs().max() > 0.1
+    with adapter.without(encoder):
+        assert torch.equal(heard(encoder), plain)
+    assert torch.equal(heard(encoder), before)
+    assert any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_merged_equals_attached(path):
+    merged = make_encoder()
+    adapter.merge(merged, path, SOURCE)
+    assert (heard(merged) - heard(attached())).abs().max() < TOLERANCE
+
+
+def test_a_merged_encoder_has_the_tensors_of_any_other(path, plain):
+    merged, other = make_encoder(), make_encoder()
+    names = list(other.state_dict())
+    adapter.merge(merged, path, SOURCE)
+    assert list(merged.state_dict()) == names
+    assert {type(m) for m in merged.modules()} == {type(m) for m in other.modules()}
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+
+
+def test_it_is_stored_in_half_precision_with_what_it_fits_to(path):
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"rank": "4", "alpha": "8", "source_sha256": SOURCE}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_restored_equals_saved():
+    first, second = attached(1), attached(2)
+    adapter.restore(second, adapter.state(first))
+    assert torch.equal(heard(first), heard(second))
+
+
+# refusals
+
+
+def rewrite(path, change, **metadata):
+    tensors = load_file(path)
+    change(tensors)
+    facts = {"rank": "4", "alpha": "8", "source_sha256": SOURCE, **metadata}
+    save_file(tensors, path, {key: value for key, value in facts.items() if value is not None})
+
+
+def nothing(_tensors):
+    pass
+
+
+def drop(tensors):
+    tensors.popitem()
+
+
+def fill(tensors):
+    next(iter(tensors.values()))[0, 0] = torch.inf
+
+
+def widen(tensors):
+    tensors.update({name: torch.cat([x, x], 1) for name, x in tensors.items() if "fc1" in name and "lora_A" in name})
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is not an adapter, or is damaged"),
+        (lambda path: path.write_text("not one"), "is not an adapter, or is damaged"),
+        (lambda path: rewrite(path, nothing, rank=None), "is not an adapter, or is damaged"),
+        (lambda path: rewrite(path, nothing, source_sha256=None), "is not an adapter, or is damaged"),
+        (lambda path: rewrite(path, nothing, alpha="much"), "is not an adapter, or is damaged"),
+        (lambda path: rewrite(path, nothing, rank="5"), "not of rank 5"),
+        (lambda path: rewrite(path, nothing, rank="0"), "not of rank 0"),
+        (lambda path: rewrite(path, dict.clear), "not of rank 4"),
+        (lambda path: rewrite(path, fill), "not finite"),
+        (lambda path: rewrite(path, drop), "not those of this checkpoint's encoder"),
+        (lambda path: rewrite(path, widen), "not those of this checkpoint's encoder"),
+        (lambda path: rewrite(path, nothing, source_sha256="6" * 64), "was trained for another checkpoint"),
+    ],
+)
+def test_what_does_not_fit_is_refused(path, damage, reason):
+    damage(path)
+    with pytest.raises(ModelError, match=reason) as error:
+        adapter.merge(make_encoder(), path, SOURCE)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_it_is_found_by_path_or_by_name(path, tmp_path, monkeypatch):
+    assert adapter.find(str(path)) == path
+    with pytest.raises(ModelError, match=r"gone\.safetensors: no such adapter"):
+        adapter.find(str(tmp_path / "gone.safetensors"))
+    with pytest.raises(ModelError, match="huge: no adapter of this name ships"):
+        adapter.find("huge")
+    monkeypatch.setattr(adapter, "files", lambda _: tmp_path)
+    (tmp_path / "adapters").mkdir()
+    shipped = path.rename(tmp_path / "adapters" / path.name)
+    assert adapter.find("toy") == shipped
+
+
+# the stage of a recipe
+
+RECIPE = """
+source = "here"
+[[stages]]
+stage = "adapter"
+file = "toy"
+[[stages]]
+stage = "export"
+[[stages]]
+stage = "quantise"
+[[stages]]
+stage = "package"
+silence_frames = { default = 64 }
+"""
+EXPORT = 'stage = "export"\n'
+
+
+def load(folder, text):
+    (folder / "mine.toml").write_text(text)
+    return recipe.load(str(folder / "mine.toml"))
+
+
+def test_a_recipe_may_have_an_adapter(tmp_path):
+    made = load(tmp_path, RECIPE)
+    assert recipe.adapter(made) == Adapter(file="toy")
+    assert recipe.stages(made) == (Export(), Quantise(), Package(silence_frames={"default": 64}))
+    without = load(tmp_path, RECIPE.replace('[[stages]]\nstage = "adapter"\nfile = "toy"\n', ""))
+    assert recipe.adapter(without) is None
+    assert recipe.stages(without) == recipe.stages(made)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (RECIPE.replace('file = "toy"', ""), "missing required field `file` - at `$.stages[0]`"),
+        (RECIPE.replace("default = 64", "en = 64"), 'mine.toml: stages[3].silence_frames: lacks "default"'),
+        (RECIPE.replace(EXPORT, f"{EXPORT}decode_tokens = [4]\n"), "stages[1].decode_tokens: must begin with 1"),
+        (RECIPE.replace(EXPORT, f"{EXPORT}cross_frames = [0, 1500]\n"), "stages[1].cross_frames: must be positive"),
+        (RECIPE.replace(EXPORT, f"{EXPORT}encode_frames = [512]\n"), "stages[1].encode_frames: must end with 1500"),
+        (RECIPE.replace("quantise", "adapter"), "missing required field `file` - at `$.stages[2]`"),
+        (
+            RECIPE.replace("export", "quantise"),
+            "stages: must be export, quantise, package, each once and in this order",
+        ),
+        (RECIPE + '[[stages]]\nstage = "adapter"\nfile = "toy"\n', "stages: must be export, quantise, package"),
+        (RECIPE.replace(EXPORT, f"{EXPORT}stream_chunk = 0\n"), "stages[1].stream_chunk: must be positive"),
+        (RECIPE.replace(EXPORT, f"{EXPORT}stream_overlaps = []\n"), "stages[1].stream_overlaps: must be positive and"),
+        (RECIPE.replace(EXPORT, f"{EXPORT}stream_overlaps = [40, 0]\n"), "stages[1].stream_overlaps: must be positive"),
+        (
+            RECIPE.replace(EXPORT, f"{EXPORT}stream_overlaps = [40, 40]\n"),
+            "stages[1].stream_overlaps: must be positive",
+        ),
+        (RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 54\n"), "stages[1].stream_context: must be at least"),
+        (RECIPE.replace(EXPORT, f"{EXPORT}stream_overlaps = [9, 498]\n"), "stages[1].stream_context: must be at least"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_place(tmp_path, text, reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)) as error:
+        load(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_context_that_just_fits(tmp_path):
+    load(tmp_path, RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 55\n"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Folder of the toy and the hash of its tensors."""
+    from convert import model
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    toy.save_checkpoint(folder)
+    return folder, model.load(str(folder)).sha256
+
+
+def loaded(folder, work, *stages):
+    """A build of the checkpoint after its first step."""
+    plain = toy.recipe(folder)
+    made = recipe.Recipe(source=str(folder), stages=[*stages, *plain.stages], name="toy")
+    build = pipeline.Build(made, work, Progress(disable=True))
+    build.load()
+    return build
+
+
+def test_a_build_merges_it_and_says_so(checkpoint, tmp_path):
+    folder, source_sha256 = checkpoint
+    path = tmp_path / "mine.safetensors"
+    adapter.save(path, attached(), rank=RANK, alpha=ALPHA, source_sha256=source_sha256)
+    build = loaded(folder, tmp_path, Adapter(file=str(path)))
+    assert (heard(build.checkpoint.model.model.encoder) - heard(attached())).abs().max() < TOLERANCE
+    assert build.checkpoint.sha256 == source_sha256
+    said = build.manifest()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert said.source_sha256 == source_sha256
+    assert said.recipe["stages"][0] == {"stage": "adapter", "file": str(path), "sha256": sha256}
+    assert build.adapter == str(path)
+    again = loaded(folder, tmp_path, Adapter(file=str(path), sha256=sha256))
+    assert again.manifest().recipe == said.recipe
+    with pytest.raises(ModelError, match="is not the adapter that the recipe names"):
+        loaded(folder, tmp_path, Adapter(file=str(path), sha256="0" * 64))
+
+
+def test_what_is_folded_is_adapted(checkpoint, tmp_path):
+    folder, source_sha256 = checkpoint
+    path = tmp_path / "mine.safetensors"
+    adapter.save(path, attached(), rank=RANK, alpha=ALPHA, source_sha256=source_sha256)
+    adapted, plain = loaded(folder, tmp_path, Adapter(file=str(path))), loaded(folder, tmp_path)
+    assert plain.adapter is None
+    pairs = zip(adapted.whisper.encoder_layers.parameters(), plain.whisper.encoder_layers.parameters(), strict=True)
+    assert not all(torch.equal(ours, theirs) for ours, theirs in pairs)

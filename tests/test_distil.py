@@ -1,0 +1,292 @@
+"""Teaching a toy to stream: it learns, it goes on where it was interrupted, and its command says what is wrong."""
+
+import dataclasses
+import json
+import shutil
+
+import msgspec
+import pytest
+import torch
+import toy
+from rich.console import Console
+from safetensors.torch import load_file
+from test_cli import run
+from test_corpus import write
+
+from convert import adapter, distil, model, streaming
+from convert.__main__ import main
+from convert.corpus import Corpus, Source
+from convert.distil import Settings, Training
+from whisperlet.errors import ConfigError, ModelError
+
+QUICK = Settings(
+    steps=12,
+    batch_frames=500,
+    warmup_steps=2,
+    rank=4,
+    alpha=8,
+    chunks=(5, 15),
+    overlaps=(10, 20),
+    padding=8,
+    context=64,
+    learning_rate=3e-3,
+    gap_every=4,
+    save_every=5,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The toy's checkpoint."""
+    folder = tmp_path_factory.mktemp("toy") / "whisper-toy"
+    toy.save_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("audio") / "babble", *(0.6 + 0.02 * i for i in range(36)))
+
+
+def training(folder, audio, settings=QUICK):
+    return Training(model.load(str(folder)), Corpus([Source(audio)], 80), settings)
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder, audio, tmp_path_factory):
+    """A run from the first step to the last."""
+    whole = training(folder, audio)
+    whole.run(tmp_path_factory.mktemp("work"))
+    return whole
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step):
+    def die(run):
+        if run.step == step:
+            raise Killed
+
+    return die
+
+
+@pytest.fixture(scope="module")
+def left(folder, audio, tmp_path_factory):
+    """What a run leaves that was killed two steps after its checkpoint."""
+    work = tmp_path_factory.mktemp("left")
+    with pytest.raises(Killed):
+        training(folder, audio).run(work, kill_at(7))
+    assert [path.name for path in work.iterdir()] == ["checkpoint.pt"]
+    return work
+
+
+@pytest.fixture
+def work(left, tmp_path):
+    """The same for one test."""
+    return shutil.copytree(left, tmp_path / "work")
+
+
+def test_it_learns_to_stream(unbroken):
+    first, second, _, last = unbroken.curve
+    assert [point.step for point in unbroken.curve] == [0, 4, 8, 12]
+    assert first.loss is None
+    assert last.loss < 0.7 * second.loss
+    assert last.streamed < 0.6 * first.streamed
+    assert last.short < 0.5 * first.short
+
+
+def test_the_teacher_stays_as_it_was(folder, audio, unbroken):
+    clips = unbroken.corpus.held_out[0]
+    before = training(folder, audio)._teacher(clips, 10)
+    assert before.shape[1] == max(map(len, clips)) // 2 + 10
+    assert torch.equal(unbroken._teacher(clips, 10), before)
+
+
+def test_it_is_killed_and_goes_on_as_if_nothing_had_been(folder, audio, work, unbroken):
+    resumed = training(folder, audio)
+    steps = []
+    resumed.run(work, lambda run: steps.append(run.step))
+    assert steps == list(range(6, 13))
+    assert resumed.curve == unbroken.curve
+    expected = adapter.state(unbroken.encoder)
+    for name, tensor in adapter.state(resumed.encoder).items():
+        assert (tensor - expected[name]).abs().max() < 1e-6, name
+
+
+def test_seeds_differ(folder, audio, tmp_path, unbroken):
+    other = training(folder, audio, msgspec.structs.replace(QUICK, seed=1))
+    other.run(tmp_path)
+    assert other.curve[-1] != unbroken.curve[-1]
+
+
+def test_a_finished_run_does_nothing_again(folder, audio, tmp_path, unbroken):
+    unbroken._save(tmp_path)
+    again = training(folder, audio)
+    again.run(tmp_path, kill_at(13))
+    assert again.curve == unbroken.curve
+    assert again.seconds == unbroken.seconds
+
+
+def test_a_checkpoint_of_another_run_is_refused(folder, audio, work, tmp_path):
+    other = training(folder, write(tmp_path / "other", 1.0))
+    slower = training(folder, audio, msgspec.structs.replace(QUICK, learning_rate=1e-4))
+    elsewhere = training(folder, audio)
+    elsewhere.checkpoint = dataclasses.replace(elsewhere.checkpoint, sha256="0" * 64)
+    for run_ in (other, slower, elsewhere):
+        with pytest.raises(ModelError, match=r"checkpoint\.pt: is of a run with other settings, audio or checkpoint"):
+            run_.run(work, kill_at(1))
+
+
+def test_a_checkpoint_from_before_audio_was_noted_is_gone_on_with(folder, audio, work):
+    path = work / "checkpoint.pt"
+    saved = torch.load(path)
+    del saved["data"]
+    torch.save(saved, path)
+    resumed = training(folder, audio)
+    with pytest.raises(Killed):
+        resumed.run(work, kill_at(6))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def replace_with_text(path):
+    path.write_text("not a checkpoint")
+
+
+def replace_with_a_list(path):
+    torch.save([1, 2], path)
+
+
+def forget(key):
+    def damage(path):
+        saved = torch.load(path)
+        del saved[key]
+        torch.save(saved, path)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, replace_with_text, replace_with_a_list, forget("step"), forget("optimiser"), forget("adapter")]
+)
+def test_a_damaged_checkpoint(folder, audio, work, damage):
+    damage(work / "checkpoint.pt")
+    with pytest.raises(ModelError, match=r"checkpoint\.pt: is damaged; remove it to begin anew$"):
+        training(folder, audio).run(work, kill_at(1))
+
+
+def test_what_is_written(folder, audio, tmp_path, unbroken):
+    target = tmp_path / "new" / "toy.safetensors"
+    record = distil.distil(model.load(str(folder)), [Source(audio)], QUICK, target, Console(quiet=True))
+    assert sorted(path.name for path in target.parent.iterdir()) == ["toy.json", "toy.safetensors"]
+    assert msgspec.json.decode(target.with_suffix(".json").read_bytes(), type=distil.Record) == record
+    assert record.settings == QUICK
+    assert record.curve == unbroken.curve
+    assert (record.file, record.source) == ("toy.safetensors", "whisper-toy")
+    expected = adapter.state(unbroken.encoder)
+    for name, tensor in load_file(target).items():
+        assert torch.equal(tensor, expected[name].half())
+    merged = model.load(str(folder))
+    adapter.merge(merged.model.model.encoder, target, merged.sha256)
+    power = streaming.pad(unbroken.corpus.held_out[0], 200)
+    with torch.no_grad():
+        heard, trained = (streaming.full(encoder, power) for encoder in (merged.model.model.encoder, unbroken.encoder))
+    assert (heard - trained).abs().max() < 1e-2  # half precision
+
+
+def test_the_rate_rises_then_falls():
+    run_ = Training.__new__(Training)
+    run_.settings, rates = QUICK, []
+    for run_.step in range(QUICK.steps):
+        rates.append(run_._rate())
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[7] == pytest.approx(0.05 + 0.95 / 2)
+    run_.step = QUICK.steps
+    assert run_._rate() == pytest.approx(0.05)
+
+
+def test_the_error_of_a_step():
+    """Committed frames count once each, the others `tail_weight` times their mean; what is past the end not at all."""
+    target = torch.ones(2, 5, 8)
+    frames = torch.ones(2, 2, 4, 8)  # steps of 3 frames and 1 of overlap: 0 1 2 (3), 3 4 . (.)
+    assert distil._stream_error(frames, target, 3, 0.25) == 0.0
+    frames[:, 1, 2:] = 9.0  # past the end
+    assert distil._stream_error(frames, target, 3, 0.25) == 0.0
+    frames[0, 0, 1] = 3.0  # committed: four times the teacher's energy, one of 2 * 5 frames
+    assert float(distil._stream_error(frames, target, 3, 0.25)) == pytest.approx(4 / 10)
+    frames[0, 0, 1], frames[1, 0, 3] = 1.0, 3.0
+    assert float(distil._stream_error(frames, target, 3, 0.25)) == pytest.approx(0.25 * 3 / 1 * 4 / 10)
+
+
+# the command
+
+
+def test_the_command(folder, audio, tmp_path):
+    options = ["--audio", f"{audio}:4", "--out", "adapters/mine.safetensors", "--steps", 2]
+    done = run("whisperlet-convert", "distil", folder, *options, cwd=tmp_path, COLUMNS="160")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "adapters/mine.json").read_text())
+    assert msgspec.convert(record["settings"], Settings) == Settings(steps=2)
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"mine.json", "mine.safetensors"}
+    for said in (
+        "mine.safetensors",
+        "whisper-toy",
+        "4 recordings, 0.0 min",
+        "2, 0.",
+        f"{record['curve'][-1]['short']:.4f}",
+    ):
+        assert said in done.stdout
+    assert all(line.lstrip().startswith(("read", "distil, gap streamed")) for line in done.stderr.splitlines())
+
+
+def refused(capfd, monkeypatch, *arguments):
+    """The one sentence that the command ends with."""
+    monkeypatch.setattr("sys.argv", ["whisperlet-convert", "distil", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    *_, sentence = capfd.readouterr().err.splitlines()
+    assert sentence.startswith("whisperlet-convert: ")
+    return sentence.removeprefix("whisperlet-convert: ")
+
+
+def test_a_place_that_cannot_be_written(capfd, monkeypatch, folder, audio, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    for out, reason in (
+        ("mine", "mine: an adapter's name must end with .safetensors"),
+        ("mine.pt", "mine.pt: an adapter's name must end with .safetensors"),
+        ("file/mine.safetensors", "mine.safetensors: cannot be written"),
+        ("folder.safetensors", "folder.safetensors: cannot be written"),
+    ):
+        sentence = refused(capfd, monkeypatch, "no-such-model", "--audio", audio, "--out", tmp_path / out)
+        assert sentence.endswith(reason)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
+
+
+def test_a_folder_without_rights(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        distil.check_target(tmp_path / "mine.safetensors")
+
+
+def test_wrong_audio_and_wrong_checkpoints(capfd, monkeypatch, folder, audio, tmp_path):
+    out = tmp_path / "mine.safetensors"
+    bad = write(tmp_path / "bad", 1.0)
+    (bad / "noise.wav").write_text("noise" * 99)
+    for source, sound, reason in (
+        (folder, tmp_path / "gone", "gone: no such folder or manifest.jsonl"),
+        (folder, bad, "noise.wav: cannot be read: "),
+        (folder, f"{bad}:0", "bad: too little audio to train on"),
+        (tmp_path / "gone", audio, "gone is no directory"),
+    ):
+        assert reason in refused(capfd, monkeypatch, source, "--audio", sound, "--out", out)
+    out.with_suffix(".work").mkdir()
+    replace_with_text(out.with_suffix(".work") / "checkpoint.pt")
+    assert "is damaged" in refused(capfd, monkeypatch, folder, "--audio", audio, "--out", out)
+    assert not out.exists()
