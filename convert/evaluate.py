@@ -6,6 +6,7 @@ The only part of the workstation that imports the agent.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,10 +19,10 @@ import psutil
 from agent.audio_files import read_file
 from agent.config import RecogniserConfig, VadConfig, default_cache_dir
 from agent.confirm import ConfirmedGate
-from agent.messages import SpeechChunk, Transcript
+from agent.messages import AudioChunk, SpeechChunk, Transcript
 from agent.supervisor import Supervisor
 from agent.transcriber import Transcriber
-from agent.vad import Segment, quietest, segments
+from agent.vad import Gate, Segment, quietest, segments
 from whisperlet.audio import SAMPLE_RATE, Pcm16, samples, seconds
 from whisperlet.errors import ConfigError
 from whisperlet.tokenizer import Tokenizer
@@ -133,7 +134,7 @@ def _speech(pcm: Pcm16, options: Options) -> Iterator[SpeechChunk]:
     if not options.segment:
         found = list(one_utterance(pcm, found, options.vad))
     if options.pace:
-        return _in_real_time(heard, found)
+        return _in_real_time(heard, found, _Voiced(heard, options.vad))
     return (_last(heard, segment, segment.start) for segment in found)
 
 
@@ -165,7 +166,22 @@ def _last(heard: Pcm16, segment: Segment, first: int, now_s: float | None = None
     )
 
 
-def _in_real_time(heard: Pcm16, found: Sequence[Segment]) -> Iterator[SpeechChunk]:
+class _Voiced:
+    """What the gate knew at any time of where speech had last been heard."""
+
+    def __init__(self, heard: Pcm16, vad: VadConfig) -> None:
+        gate = Gate(vad)
+        messages = gate.feed(AudioChunk(heard, 0, 0.0))
+        self._known = [message.start + len(message.samples) for message in messages]
+        self._ends = [message.voiced_end or message.speech_end for message in messages]
+
+    def end(self, sample: int) -> int | None:
+        """Index after the last voiced sample that was known of when `sample` had been heard."""
+        n = bisect_right(self._known, sample)
+        return self._ends[n - 1] if n else None
+
+
+def _in_real_time(heard: Pcm16, found: Sequence[Segment], voiced: _Voiced) -> Iterator[SpeechChunk]:
     """Each chunk when its last sample would have been captured."""
     opened_s = time.monotonic()
     for segment in found:
@@ -176,7 +192,8 @@ def _in_real_time(heard: Pcm16, found: Sequence[Segment]) -> Iterator[SpeechChun
             if end == segment.decision:
                 yield _last(heard, segment, start, time.monotonic(), opened_s)
             else:
-                yield SpeechChunk(segment.utterance, segment.segment, heard[start:end], start)
+                audio = heard[start:end]
+                yield SpeechChunk(segment.utterance, segment.segment, audio, start, voiced_end=voiced.end(end))
             start = end
     time.sleep(max(0.0, opened_s + seconds(len(heard)) - time.monotonic()))
 
