@@ -6,6 +6,7 @@ signature without a copy, and TensorFlow Lite's `Interpreter` for platforms wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,6 +116,7 @@ class LiteRtEngine(_Passes):
             self._model = CompiledModel.from_file(str(bundle.path), options=options)
         except RuntimeError as error:
             raise BundleError(f"{bundle.path}: the runtime refuses it: {error}") from None
+        self._shapes = {(graph.name, out.name): out.shape for graph in self.manifest.graphs for out in graph.outputs}
         self._inputs: dict[str, dict[str, Any]] = {}
         self._outputs: dict[str, dict[str, Any]] = {}
 
@@ -128,7 +130,7 @@ class LiteRtEngine(_Passes):
     def _zeros(self, signature: str, name: str) -> Any:
         """A buffer of state. Cleared, since a masked score hides everything but what is not a number."""
         buffer = self._model.create_output_buffer_by_name(signature, name)
-        buffer.write(np.zeros(self._model.get_output_tensor_details(signature)[name]["shape"], np.float32))
+        buffer.write(np.zeros(self._shapes[signature, name], np.float32))
         return buffer
 
     def encode(self, state: DecoderState, mel: Float32) -> None:
@@ -167,8 +169,8 @@ class LiteRtEngine(_Passes):
         return {key: self._read(name, key, buffer) for key, buffer in outputs.items()}
 
     def _read(self, signature: str, name: str, buffer: Any) -> Float32:
-        shape = self._model.get_output_tensor_details(signature)[name]["shape"]
-        values: Float32 = buffer.read(int(np.prod(shape)), np.float32).reshape(shape)
+        shape = self._shapes[signature, name]
+        values: Float32 = buffer.read(math.prod(shape), np.float32).reshape(shape)
         return values
 
     def _run_pass(self, state: DecoderState, tokens: np.ndarray[Any, Any]) -> tuple[Float32, Float32]:
@@ -183,8 +185,7 @@ class LiteRtEngine(_Passes):
         inputs = {**own, **read, **state.cross[state.n_cross]}
         self._model.run_by_name(name, inputs, {**outputs, **write})
         state.self_kv = (write, read)
-        logits: Float32 = outputs["logits"].read(size * dims.n_vocab, np.float32).reshape(size, dims.n_vocab)
-        attention: Float32 = outputs["attention"].read(size * state.n_cross, np.float32).reshape(size, state.n_cross)
+        logits, attention = (self._read(name, key, buffer)[0] for key, buffer in outputs.items())
         return logits, attention
 
     def _cross_buffers(self, state: DecoderState, n_cross: int) -> dict[str, Any]:

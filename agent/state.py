@@ -45,7 +45,7 @@ class DecoderState:
 class StreamState:
     """Everything that is carried from one step of the streaming encoder to the next, in the process's own memory.
 
-    `past` holds keys and values of the committed frames in a ring, `cross` those of cross-attention by frame: the
+    `past` holds keys and values of the committed frames in a ring of whole chunks, `cross` those of cross-attention by frame: the
     committed ones, then those that the next step will compute again, then padding.
     """
 
@@ -70,11 +70,10 @@ class StreamState:
     def take_in(self, outputs: dict[str, Float32], n_frames: int) -> None:
         """Keep what a step found out about `n_frames` frames; a step that was full commits its chunk."""
         self.n_frames = self.committed + n_frames
-        _put(self.cross, outputs, np.arange(self.committed, self.n_frames + self.spec.padding))
+        _put(self.cross, outputs, self.committed, n_frames + self.spec.padding)
         if n_frames == self.spec.reach:
-            chunk = np.arange(self.committed, self.committed + self.spec.chunk)
             new = {name: outputs[name.replace("past", "new")] for name in self.past}
-            _put(self.past, new, chunk % self.spec.context)
+            _put(self.past, new, self.committed % self.spec.context, self.spec.chunk)
             self.committed += self.spec.chunk
 
     def grow(self, n_cross: int) -> None:
@@ -86,13 +85,13 @@ class StreamState:
         self.n_cross = n_cross
 
 
-def _put(state: dict[str, Float32], new: dict[str, Float32], places: NDArray[np.int64]) -> None:
-    """Write keys and values of the first frames in `new` to their places."""
+def _put(state: dict[str, Float32], new: dict[str, Float32], first: int, n: int) -> None:
+    """Write keys and values of the first n frames in `new` to the places from `first` on."""
     for name, tensor in state.items():
         if "_k_" in name:
-            tensor[:, places] = new[name][:, : len(places)]
+            tensor[:, first : first + n] = new[name][:, :n]
         else:
-            tensor[:, :, places] = new[name][:, :, : len(places)]
+            tensor[:, :, first : first + n] = new[name][:, :, :n]
 
 
 def _by_part(name: str, n: int, d_head: int) -> tuple[int, int]:

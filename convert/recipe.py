@@ -44,7 +44,7 @@ class Export(Stage, frozen=True, tag="export"):
     stream_chunk: int = 15
     stream_overlaps: tuple[int, ...] = (40,)
     stream_padding: int = 32
-    stream_context: int = 512
+    stream_context: int = 510
 
     @property
     def n_signatures(self) -> int:
@@ -129,8 +129,8 @@ def _check_stream(export: Export, where: str) -> None:
         raise ConfigError(f"{where}.stream_chunk: must be positive")
     if not overlaps or min(overlaps) < 1 or len(set(overlaps)) < len(overlaps):
         raise ConfigError(f"{where}.stream_overlaps: must be positive and distinct, at least one")
-    if export.stream_chunk + max(overlaps) > export.stream_context:
-        raise ConfigError(f"{where}.stream_context: must be at least stream_chunk and the largest of stream_overlaps")
+    if export.stream_context < 1 or export.stream_context % export.stream_chunk:
+        raise ConfigError(f"{where}.stream_context: must be a multiple of stream_chunk")
 
 
 def adapter(recipe: Recipe) -> Adapter | None:

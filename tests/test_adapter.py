@@ -218,8 +218,8 @@ def test_a_recipe_may_have_an_adapter(tmp_path):
             RECIPE.replace(EXPORT, f"{EXPORT}stream_overlaps = [40, 40]\n"),
             "stages[1].stream_overlaps: must be positive",
         ),
-        (RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 54\n"), "stages[1].stream_context: must be at least"),
-        (RECIPE.replace(EXPORT, f"{EXPORT}stream_overlaps = [9, 498]\n"), "stages[1].stream_context: must be at least"),
+        (RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 55\n"), "stages[1].stream_context: must be a multiple"),
+        (RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 0\n"), "stages[1].stream_context: must be a multiple"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_place(tmp_path, text, reason):
@@ -229,7 +229,7 @@ def test_what_is_wrong_is_named_by_its_place(tmp_path, text, reason):
 
 
 def test_a_context_that_just_fits(tmp_path):
-    load(tmp_path, RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 55\n"))
+    load(tmp_path, RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 15\n"))
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ class StreamSpec(msgspec.Struct, frozen=True):
     chunk: int  # committed by a step
     overlap: int  # after them, computed again by the next step
     padding: int  # of silence after those, which the decoder takes for the end of the speech
-    context: int  # committed ones that a step looks back on at the most
+    context: int  # committed ones that a step looks back on at the most; whole chunks
 
     @property
     def reach(self) -> int:
