@@ -45,9 +45,16 @@ def bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[float 
     for i, (label, values) in enumerate(series.items()):
         places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         drawn = axes.bar(places, [value or 0.0 for value in values], width * 0.9, label=label)
-        axes.bar_label(drawn, ["" if value is None else f"{value:.3g}" for value in values], fontsize=7)
+        axes.bar_label(drawn, [_short(value) for value in values], fontsize=7)
     axes.set_xticks(range(len(groups)), groups, fontsize="small")
     if len(series) > 1:
         axes.legend(frameon=False, fontsize="small")
     plain(axes, "", y)
     axes.grid(axis="x", visible=False)
+
+
+def _short(value: float | None) -> str:
+    """Three digits, or all before the point."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -101,16 +101,18 @@ class Stepped:
     def __exit__(self, *_: object) -> None:
         self._engine.close()
 
+    def ask(self, chunk: SpeechChunk) -> list[Message]:
+        """What the engine says to a chunk, at the time of its last sample."""
+        at_s = seconds(chunk.start + len(chunk.samples))
+        heard = self._engine.hear(Batch([chunk]), self._timeout_s)
+        return [Message(at_s, transcript) for transcript in heard.transcripts]
+
     def hear(self, chunks: Iterable[SpeechChunk]) -> list[Message]:
-        """Transcripts of a clip, each with the end of the audio that it was made from as its time."""
+        """Transcripts of a clip, which gets utterance numbers of its own."""
         self._n_clips += 1
-        messages = []
-        for chunk in chunks:
-            mine = msgspec.structs.replace(chunk, utterance=1000 * self._n_clips + chunk.utterance)
-            heard = self._engine.hear(Batch([mine]), self._timeout_s)
-            at_s = seconds(chunk.start + len(chunk.samples))
-            messages += [Message(at_s, transcript) for transcript in heard.transcripts]
-        return messages
+        first = 1000 * self._n_clips
+        numbered = (msgspec.structs.replace(chunk, utterance=first + chunk.utterance) for chunk in chunks)
+        return [message for chunk in numbered for message in self.ask(chunk)]
 
 
 class Live:
