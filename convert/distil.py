@@ -32,6 +32,9 @@ from .model import Checkpoint
 CHECKPOINT = "checkpoint.pt"
 
 
+ROWS_PER_FRAME = 6  # computed for a frame of audio; where a step's overlap takes more, the batch is smaller: memory
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How to train. Frames are 20 ms."""
 
@@ -113,8 +116,10 @@ class Training:
         settings = self.settings
         rng = random.Random(f"{settings.seed} {self.step}")
         silence = rng.randint(*settings.silence)
-        clips = self.corpus.batch(rng, settings.batch_frames, silence)
         chunk, overlap = rng.choice(settings.chunks), rng.choice(settings.overlaps)
+        width = chunk + overlap + settings.padding
+        n_frames = min(settings.batch_frames, settings.batch_frames * ROWS_PER_FRAME * chunk // width)
+        clips = self.corpus.batch(rng, n_frames, silence)
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * self._rate()
         loss = self._loss(clips, silence, chunk, overlap)
