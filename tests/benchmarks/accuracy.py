@@ -29,13 +29,13 @@ SNR_DB = 10.0
 MIN_PERIOD, MIN_ROUNDS = 4, 3  # words, and how often they must come, to be a loop
 OFFLINE, FINAL, STREAM = "finals, partials off", "finals after partials", "the stream alone"
 METHOD = """Each clip is one segment, without the gate. *Finals, partials off*: handed over at once. *Finals after \
-partials*: 20 ms at a time, each answered before the next. *The stream alone*: the same without the last pass over the \
-whole utterance (`final_pass = false`; of a version without that setting, its last partial). Noise: a stretch of the \
-set, its place drawn by the clip's name, is added at a ratio of 10 dB between the mean powers of clip and noise. \
-English is scored as word error rate after Whisper's English normaliser, Chinese as character error rate after folding \
-to Simplified. *Loops*: transcripts that were withheld as a repetition or end in at least three rounds of at least \
-four words, per 100 utterances. *Overlap*: frames of 20 ms that a step of the streaming encoder hears beyond those it \
-commits. These are development sets: en_read_dev comes from a training partition of LibriSpeech."""
+partials*: 20 ms at a time, each answered before the next. *The stream alone*: the same without the last pass over \
+the whole utterance (`final_pass = false`; of a version without that setting, its last partial). Noise: a stretch of \
+the set, its place drawn by the clip's name, is added at a ratio of 10 dB between the mean powers of clip and noise. \
+English is scored as word error rate after Whisper's English normaliser, Chinese as character error rate after \
+folding to Simplified. *Loops*: transcripts that were withheld as a repetition or end in at least three rounds of at \
+least four words, per 100 utterances. *Overlap*: frames of 20 ms that a step of the streaming encoder hears beyond \
+those it commits. These are development sets: en_read_dev comes from a training partition of LibriSpeech."""
 
 
 class Heard(msgspec.Struct, frozen=True):

@@ -24,7 +24,7 @@ from . import plots
 from .base import Context, Result, Table, bar, described, evenly, number
 from .floor import Token, Traffic, copy_bandwidth, traffic
 from .resident import cold_start_s, measure_resident
-from .runs import Live, Message, Meter, Stepped, audio_chunks, one_segment
+from .runs import Live, Message, Meter, Stepped, audio_chunks, gated, one_segment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,16 +35,17 @@ N_PACED = 8  # clips in real time
 N_TOKENS = 200
 COLD_CLIP_S = 3.0
 METHOD = """Processor time is that of the engine process (user and system, loading left out) per second of audio. \
-*Finals only*: each clip handed over at once. *With partials*: 20 ms at a time, each answered before the next, so no \
-partial is left out however slow the machine. *In real time*: through gate and supervisor, where an engine that is \
-behind makes fewer. Shares of encoder and decoder are of their wall time together. *Gate*: both voice detectors, in \
-this process. *A token*: the decoder's signature for one token, run again and again in a process of its own; it has to \
-read every int8 weight of the decoder with the vocabulary, read the keys and values of the tokens and of the audio \
-(as long as the signature's tensors are) and write those of the tokens. The floor is these bytes at the rate at which \
-numpy copies 512 MiB on as many threads, read and written bytes counted, best of five. A machine whose cache holds the \
-weights can be faster than this floor. Memory: `whisperlet-agent run` on clips in real time with a broker, both \
-processes at the moment when they had most together. *First final*: `whisperlet-agent transcribe` on the clip nearest \
-to 3 s, from its start to its first line; once with an empty cache of packed weights, then the median of three."""
+*Finals only*: each clip handed over at once. *With partials*: through the gate, 20 ms at a time, each answered \
+before the next, so no partial is left out however slow the machine. *In real time*: through gate and supervisor, \
+where an engine that is behind makes fewer. Shares of encoder and decoder are of their wall time together. *Gate*: \
+both voice detectors, in this process. *A token*: the decoder's signature for one token, run again and again in a \
+process of its own; it has to read every int8 weight of the decoder with the vocabulary, read the keys and values of \
+the tokens and of the audio (as long as the signature's tensors are) and write those of the tokens. The floor is \
+these bytes at the rate at which numpy copies 512 MiB on as many threads, read and written bytes counted, best of \
+five. A machine whose cache holds the weights can be faster than this floor. Memory: `whisperlet-agent run` on clips \
+in real time with a broker, both processes at the moment when they had most together. *First final*: \
+`whisperlet-agent transcribe` on the clip nearest to 3 s, from its start to its first line; once with an empty cache \
+of packed weights, then the median of three."""
 
 
 class Spent(msgspec.Struct, frozen=True):
@@ -68,7 +69,7 @@ def run(context: Context) -> Result:
     few = evenly(clips, N_PACED)
     spent = {
         "finals only": spend(context, clips, lambda pcm: one_segment(pcm, None), partials=False),
-        "with partials": spend(context, clips, one_segment, partials=True),
+        "with partials": spend(context, clips, gated, partials=True),
         "with partials, in real time": spend_live(context, few),
     }
     gate = gate_rate(clips)

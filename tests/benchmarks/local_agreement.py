@@ -1,4 +1,4 @@
-"""LocalAgreement-2: what two hypotheses in a row begin with is confirmed (Liu et al. 2020, as whisper_streaming does)."""
+"""LocalAgreement-2: what two hypotheses in a row begin with is confirmed (Liu et al. 2020; whisper_streaming)."""
 
 from __future__ import annotations
 

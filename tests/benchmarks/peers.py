@@ -38,16 +38,16 @@ N_ROUNDS = 3
 PAUSE_S = 0.3  # between two peers: the threads of some spin for a while after their work is done
 OURS, STREAMED = "ours", "LocalAgreement-2 over faster-whisper int8"
 METHOD = """All have the weights of the same checkpoint, each in a process of its own, all loaded at once and taking \
-turns: one clip through every peer, three times, then the next clip. The complete utterance is handed over as samples; \
-*wall* is the median of three until the text is there. Peers decode greedily (beam 1), without time stamps, without \
-falling back to other temperatures, with the language given; everything else is their default, so they encode a full \
-30 s window. faster-whisper runs the weights as CTranslate2's int8; whisper.cpp runs float16 and q5_1 files written \
-from the checkpoint, in the build that its wheel on the package index has. Processor time is that of the process until \
-its answer; memory is its peak, with Python and the library. *Streamed*: the clip is played in real time. Ours goes \
-through gate, supervisor and engine. The peer transcribes its growing buffer anew whenever a second of audio has come \
-(later if the last transcription took longer), confirms what two transcripts in a row begin with, and transcribes the \
-utterance once more when our gate has decided that speech has ended (the last time, if it did so more than once). \
-Latencies are those of the benchmark `latency`."""
+turns: one clip through every peer, three times, then the next clip. The complete utterance is handed over as \
+samples; *wall* is the median of three until the text is there. Peers decode greedily (beam 1), without time stamps, \
+without falling back to other temperatures, with the language given; everything else is their default, so they encode \
+a full 30 s window. faster-whisper runs the weights as CTranslate2's int8; whisper.cpp runs float16 and q5_1 files \
+written from the checkpoint, in the build that its wheel on the package index has. Processor time is that of the \
+process until its answer; memory is its peak, with Python and the library. *Streamed*: the clip is played in real \
+time. Ours goes through gate, supervisor and engine. The peer transcribes its growing buffer anew whenever a second \
+of audio has come (later if the last transcription took longer), confirms what two transcripts in a row begin with, \
+and transcribes the utterance once more when our gate has decided that speech has ended (the last time, if it did so \
+more than once). Latencies are those of the benchmark `latency`."""
 
 
 class Turn(msgspec.Struct, frozen=True):

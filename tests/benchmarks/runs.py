@@ -166,6 +166,14 @@ def audio_chunks(pcm: Pcm16, opened_s: float = 0.0, start: int = 0) -> Iterator[
         yield AudioChunk(piece, start + first, opened_s + seconds(start + first + len(piece)))
 
 
+def gated(pcm: Pcm16) -> Iterator[SpeechChunk]:
+    """What the agent's gate makes of a clip and the silence after it, as fast as it can."""
+    gate = ConfirmedGate(VadConfig())
+    for chunk in audio_chunks(np.concatenate([pcm, np.zeros(TAIL, np.int16)])):
+        yield from gate.feed(chunk)
+    yield from gate.flush()
+
+
 def speech_starts(pcm: Pcm16, vad: VadConfig) -> dict[int, float]:
     """When each utterance begins, by the gate's first voiced frame, in seconds."""
     without_pre_roll = msgspec.structs.replace(vad, pre_roll_ms=0)
