@@ -91,13 +91,28 @@ def test_flicker():
         Shown(1.0, "he sad", 2),
         Shown(2.0, "he sat on", 6),
         Shown(3.0, "he sat", 6),
-        Shown(4.0, "He sat down.", 12),
+        Shown(4.0, "He sat down.", 12, is_final=True),
     ]
     found = words.flicker(shown)
     assert (found.n_messages, found.n_shown, found.n_changed) == (4, 4, 2)  # "sad" and "on" of he, sad, sat, on
     assert (found.stable_violations, found.stable_chars_changed) == (3, 14)  # "He" is not "he"
-    assert words.flicker(shown[-1:]) == words.Flicker(1, 0, 0, 0, 0)
-    assert words.flicker([]) == words.Flicker(0, 0, 0, 0, 0)
+    assert (found.stable_violations_by_partials, found.n_stable_words, found.stable_words_changed) == (0, 2, 0)
+    assert words.flicker(shown[-1:]) == words.Flicker(1, 0, 0, 0, 0, 0, 0, 0)
+    assert words.flicker([]) == words.Flicker(0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_stable_words_are_counted_a_segment_at_a_time():
+    shown = [
+        Shown(1.0, "he sat", 6),
+        Shown(2.0, "he sat on", 9),
+        Shown(3.0, "He sat in.", 10, is_final=True),
+        Shown(4.0, "He sat in. the sun", 14),
+        Shown(5.0, "He sat in. The rain.", 20, is_final=True),
+        Shown(6.0, "He sat in. The rain. Yes.", 25, is_final=True),
+    ]
+    found = words.flicker(shown)
+    assert (found.n_stable_words, found.stable_words_changed) == (4, 1)  # "on" of he, sat, on; none of "the"
+    assert (found.stable_violations, found.stable_violations_by_partials) == (3, 0)
 
 
 def test_stable_text_may_grow_but_not_change():
@@ -122,10 +137,10 @@ def test_the_screen_keeps_the_finals():
     ]
     assert words.screen(messages) == [
         Shown(1.0, "he sa", 2),
-        Shown(2.0, "He sat.", 7),
+        Shown(2.0, "He sat.", 7, is_final=True),
         Shown(3.0, "He sat. down he", 12),
-        Shown(4.0, "He sat.", 7),
-        Shown(5.0, "He sat. Down.", 13),
+        Shown(4.0, "He sat.", 7, is_final=True),
+        Shown(5.0, "He sat. Down.", 13, is_final=True),
     ]
     assert runs.joined(messages) == "He sat. Down."
 

@@ -34,7 +34,8 @@ alignment says: the reference in small letters is forced through the float model
 cross-attention of its alignment heads is normalised, smoothed by a median over 140 ms and averaged, and dynamic time \
 warping finds where each token begins (the method of openai-whisper, good to about 100 ms). *Changed words*: share of \
 the words that a partial brought which a later message dropped or changed. *Stable violations*: messages whose stable \
-text is no prefix of a later text."""
+text is no prefix of a later text, were it for a comma; *by a partial*: ... of a later partial's, the final left \
+aside; *stable words*: words of the last partial's stable text, after normalisation."""
 
 
 class Heard(msgspec.Struct, frozen=True):
@@ -136,6 +137,10 @@ def figures(heard: Sequence[Heard]) -> dict[str, Any]:
         "changed_words_percent": percent(sum(h.flicker.n_changed for h in heard), n_shown),
         "n_messages": sum(h.flicker.n_messages for h in heard),
         "stable_violations": sum(h.flicker.stable_violations for h in heard),
+        "stable_violations_by_partials": sum(h.flicker.stable_violations_by_partials for h in heard),
+        "stable_words_changed_percent": percent(
+            sum(h.flicker.stable_words_changed for h in heard), sum(h.flicker.n_stable_words for h in heard)
+        ),
         "stable_chars_changed": sum(h.flicker.stable_chars_changed for h in heard),
         "clips_cut_percent": percent(sum(h.n_utterances > 1 for h in heard), len(heard)),
         "clips_missed_percent": percent(sum(h.n_utterances == 0 for h in heard), len(heard)),
@@ -162,6 +167,7 @@ def result(heard: dict[str, list[Heard]]) -> Result:
     shares = {
         "words of the reference that were matched": "words_matched_percent",
         "words of partials that changed later": "changed_words_percent",
+        "stable words that the final changed": "stable_words_changed_percent",
         "clips that the gate cut": "clips_cut_percent",
         "clips that the gate missed": "clips_missed_percent",
         "WER, joined finals": "wer_segmented",
@@ -169,6 +175,7 @@ def result(heard: dict[str, list[Heard]]) -> Result:
     }
     counts = {
         "stable violations": "stable_violations",
+        "stable violations by a partial": "stable_violations_by_partials",
         "messages": "n_messages",
         "utterances": "n_utterances",
         "clips": "n_clips",

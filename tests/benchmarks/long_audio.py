@@ -145,9 +145,9 @@ def streaming(manifest: Manifest) -> tuple[Streaming, bool]:
     """How the bundle streams, and whether it does; else what would be assumed."""
     specs: list[Any] = getattr(manifest, "streams", [])
     if specs:
-        return Streaming(specs[0].chunk, specs[0].overlap, specs[0].context), True
+        return Streaming(specs[0].chunk, specs[0].width, specs[0].context), True
     chunk = RecogniserConfig().hop_ms * FRAMES_PER_SECOND // 1000
-    return Streaming(chunk, ASSUMED_OVERLAP, 512), False
+    return Streaming(chunk, chunk + ASSUMED_OVERLAP, 512), False
 
 
 def word_error_rate(text: str, finals: Sequence[Transcript]) -> float | None:
@@ -172,7 +172,7 @@ def _trend_table(figures: dict[str, Any]) -> Table:
 
 
 def _work_table(work: Work, how: Streaming, *, is_real: bool) -> Table:
-    title = f"Encoder work: C = {how.chunk}, R = {how.overlap}, context {how.context} frames"
+    title = f"Encoder work: steps of {how.width} frames, {how.chunk} of them new, context {how.context}"
     rows = [
         ["steps", number(work.streamed), number(work.streamed + work.final_passes)],
         ["anew at each hop", number(work.encoded_anew), number(work.encoded_anew + work.final_passes)],

@@ -9,12 +9,12 @@ A frame of 20 ms costs, wherever it stands, what does not depend on other frames
 and w frames that attend to k cost n_audio_layer * 2 * w * k * d more. So
 
     encode(n)   = n * frame + n_audio_layer * 2 * n^2 * d
-    step        = (C + R) * frame + n_audio_layer * 2 * (C + R) * (context + C + R) * d
+    step        = width * frame + n_audio_layer * 2 * width * (context + width) * d
 
-with C new and R overlapping frames, and `context` places for committed ones, masked or not. An utterance of n frames
-takes ceil(n / C) steps; encoding it anew at each hop takes the sum of encode(min(i * C, n)) for i = 1 ... ceil(n / C).
-Neither rounding to a window nor silence is counted against encoding anew; a final pass over the whole utterance and
-the silence after it may be added to both.
+where a step computes `width` frames (C new ones, R overlapping ones, silence as padding) and looks back on `context`
+places for committed ones, masked or not. An utterance of n frames takes ceil(n / C) steps; encoding it anew at each hop
+takes the sum of encode(min(i * C, n)) for i = 1 ... ceil(n / C). Neither rounding to a window nor silence is counted
+against encoding anew; a final pass over the whole utterance and the silence after it may be added to both.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from whisperlet.bundle import Dims
 class Streaming(msgspec.Struct, frozen=True):
     """How the encoder streams, in frames of 20 ms."""
 
-    chunk: int
-    overlap: int
+    chunk: int  # C
+    width: int  # all that a step computes
     context: int
 
 
@@ -70,8 +70,7 @@ def encode(dims: Dims, n_frames: int) -> int:
 
 def step(dims: Dims, how: Streaming) -> int:
     """One step of the streaming encoder."""
-    width = how.chunk + how.overlap
-    return width * frame(dims) + attention(dims, width, how.context + width)
+    return how.width * frame(dims) + attention(dims, how.width, how.context + how.width)
 
 
 def work(dims: Dims, how: Streaming, n_frames: Sequence[int], silence: int) -> Work:

@@ -151,7 +151,8 @@ def _stream_peer(peer: Peer, pcm: Pcm16, spoken: list[tuple[str, float]]) -> Str
     speech = list(segments(heard, vad, ConfirmedGate(vad)))
     decision, end = (speech[-1].decision, speech[-1].speech_end) if speech else (len(heard), len(pcm))
     answer = peer.ask(heard, decision_s=seconds(decision), speech_end_s=seconds(end))
-    shown = [Shown(*message) for message in answer["messages"]]
+    *partials, (at_s, text, n_chars) = answer["messages"]
+    shown = [*(Shown(*message) for message in partials), Shown(at_s, text, n_chars, is_final=True)]
     late_ms = [round(1e3 * (shown[-1].at_s - seconds(decision)), 1)]
     return StreamedClip(shown[-1].text, late_ms, emission(shown, spoken), flicker(shown), answer["core_s"])
 
@@ -185,6 +186,9 @@ def _streamed(clips: Sequence[Clip], heard: Sequence[StreamedClip], audio_s: flo
         "word_stable_ms": spread([ms for h in heard for ms in h.words.stable_ms]),
         "changed_words_percent": percent(sum(h.flicker.n_changed for h in heard), n_shown),
         "stable_violations": sum(h.flicker.stable_violations for h in heard),
+        "stable_words_changed_percent": percent(
+            sum(h.flicker.stable_words_changed for h in heard), sum(h.flicker.n_stable_words for h in heard)
+        ),
         "core_s_per_audio_s": round(sum(h.core_s for h in heard) / audio_s, 4),
         "wer": _word_error_rate(clips, [h.text for h in heard]),
     }
@@ -215,7 +219,7 @@ def _streamed_table(live: dict[str, dict[str, Any]]) -> Table:
     }
     figures = {
         "words of partials that changed later (%)": "changed_words_percent",
-        "stable violations": "stable_violations",
+        "stable words that the final changed (%)": "stable_words_changed_percent",
         "core-s per audio-s": "core_s_per_audio_s",
         "WER (%)": "wer",
     }

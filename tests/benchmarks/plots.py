@@ -46,6 +46,7 @@ def bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[float 
         places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         drawn = axes.bar(places, [value or 0.0 for value in values], width * 0.9, label=label)
         axes.bar_label(drawn, [_short(value) for value in values], fontsize=7)
+    axes.set_ylim(0, 1.15 * max((value for values in series.values() for value in values if value), default=1.0))
     axes.set_xticks(range(len(groups)), groups, fontsize="small")
     if len(series) > 1:
         axes.legend(frameon=False, fontsize="small")

@@ -22,6 +22,7 @@ class Shown(msgspec.Struct, frozen=True):
     at_s: float
     text: str
     stable_chars: int  # of `text`
+    is_final: bool = False
 
 
 class Emission(msgspec.Struct, frozen=True):
@@ -39,7 +40,10 @@ class Flicker(msgspec.Struct, frozen=True):
     n_shown: int  # words that a partial brought
     n_changed: int  # of these, gone or changed in a later message
     stable_violations: int  # messages whose stable text is no prefix of a later one's text
-    stable_chars_changed: int  # characters of stable text that changed, counted once a violation, at the worst
+    stable_violations_by_partials: int  # ... of a later partial's of the same segment
+    stable_chars_changed: int  # characters of stable text that changed, at the worst for each violation
+    n_stable_words: int  # in the last partials before each final
+    stable_words_changed: int  # of these, gone or changed in that final, after normalisation
 
 
 def screen(messages: Sequence[Message]) -> list[Shown]:
@@ -49,7 +53,7 @@ def screen(messages: Sequence[Message]) -> list[Shown]:
         transcript = message.transcript
         head = f"{before} " if before and transcript.text else before
         stable = len(head) + min(transcript.stable_chars, len(transcript.text))
-        shown.append(Shown(message.at_s, head + transcript.text, stable))
+        shown.append(Shown(message.at_s, head + transcript.text, stable, transcript.is_final))
         if transcript.is_final:
             before = head + transcript.text
     return shown
@@ -134,7 +138,34 @@ def flicker(shown: Sequence[Shown]) -> Flicker:
         n_shown += len(after) - n_kept if i < len(texts) - 2 else 0  # the last message is the final
     n_shown += len(texts[0]) if len(texts) > 1 else 0
     changed = [stable_changed(shown[i:]) for i in range(len(shown))]
-    return Flicker(len(shown), n_shown, n_changed, sum(n > 0 for n in changed), sum(changed))
+    by_partials = [stable_changed(_until_final(shown[i:])) for i in range(len(shown))]
+    return Flicker(
+        n_messages=len(shown),
+        n_shown=n_shown,
+        n_changed=n_changed,
+        stable_violations=sum(n > 0 for n in changed),
+        stable_violations_by_partials=sum(n > 0 for n in by_partials),
+        stable_chars_changed=sum(changed),
+        **_stable_words(shown),
+    )
+
+
+def _until_final(shown: Sequence[Shown]) -> list[Shown]:
+    """The first message and the partials that follow it without a final between them."""
+    return [*shown[:1], *itertools.takewhile(lambda later: not later.is_final, shown[1:])]
+
+
+def _stable_words(shown: Sequence[Shown]) -> dict[str, int]:
+    """How many words were stable just before each final, and how many of them the final changed."""
+    n_stable = n_changed = n_before = 0
+    for before, final in itertools.pairwise(shown):
+        if final.is_final:
+            stable, said = words(before.text[: before.stable_chars]), words(final.text)
+            if not before.is_final:
+                n_stable += len(stable) - n_before
+                n_changed += sum(place is None for place in aligned(stable, said, open_end=True))
+            n_before = len(said)
+    return {"n_stable_words": n_stable, "stable_words_changed": n_changed}
 
 
 def stable_changed(shown: Sequence[Shown]) -> int:
