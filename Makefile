@@ -18,12 +18,13 @@ SYSTEM_PACKAGES := libasound2-plugins mosquitto portaudio19-dev pulseaudio
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv mic system bundle demo test lint schemas clean
+.PHONY: help venv mic system bundle demo test lint bench schemas clean
 
 help:
 	@echo 'make demo     set everything up and watch the agent work, over MQTT, on recorded speech'
 	@echo 'make bundle   build/$(RECIPE).tflite; RECIPE=NAME for another of convert/recipes/'
 	@echo 'make test     lint, then all tests'
+	@echo 'make bench    measure everything, which takes hours on a quiet machine; BENCH=latency for one'
 	@echo 'make venv     .venv with everything installed; PYTHON=... to choose the interpreter'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make schemas  docs/schema from the code'
@@ -81,9 +82,14 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/mypy demo/demo.py
+	@$(BIN)/mypy tests/benchmarks
 
 test: system venv lint bundle
 	@$(BIN)/python -m pytest
+
+# Not part of `test`: a machine that does anything else measures wrongly. BENCH='cost accuracy --limit 20' works too.
+bench: venv bundle
+	@$(BIN)/python -m tests.benchmarks $(BENCH) --bundle $(BUNDLE)
 
 schemas: $(STAMP)
 	@$(BIN)/python -m agent.payloads docs/schema

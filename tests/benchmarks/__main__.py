@@ -50,8 +50,10 @@ def measure(
         if name not in NAMES:
             raise ConfigError(f"there is no benchmark {name}; there are {', '.join(NAMES)}")
     modules = [importlib.import_module(f".{MODULES.get(name, name)}", __package__) for name in chosen]
-    for name in {name for module in modules for name in module.SETS}:  # before the first hour is spent
-        context.clips(name)
+    for name, module in zip(chosen, modules, strict=True):
+        CONSOLE.print(f"[bold]{name}[/]: {(module.__doc__ or '').strip()}", soft_wrap=True, highlight=False)
+        for needed in module.SETS:  # before the first hour is spent
+            context.clips(needed)
     for name, module in zip(chosen, modules, strict=True):
         _run(name, module, context)
 
