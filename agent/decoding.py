@@ -16,6 +16,8 @@ from .state import Looks
 MAX_PERIOD = 64  # tokens, a long sentence; a loop that is longer than this ends at the token limit
 MIN_REPEATED = 12  # tokens that a loop must fill ...
 REWIND = 50  # frames, one second; heads that look further back than that have lost their place
+MAX_STALLED = 4  # hops without a stable token; then the place is held to be wrong, not the token
+PLACE_TOKENS = 5  # whose median look is where the decoder is
 LOST_SHARE = 0.5  # of the heads' attention; if more goes to the padding after the audio, nothing is left to hear
 MIN_REPEATS = 3  # ... and times that it must come round, before it counts as one
 
@@ -139,7 +141,8 @@ class Draft(msgspec.Struct, frozen=True):
 
     stable: list[int]  # tokens that will not change before the final
     unstable: list[int]  # what the model would say next
-    furthest: int = 0  # frame that a stable token looked at
+    looks: list[int] = []  # frames that the last stable tokens looked at, `PLACE_TOKENS` of them at the most
+    n_stalled: int = 0  # calls of `follow` in a row that found nothing stable
     looped: bool = False  # a repetition was cut
 
     @property
@@ -172,9 +175,9 @@ def follow(
         n_agreed = n if n_agreed is None else n_agreed
         decoder.position -= len(proposal) - n
         frames, beyond = (values[len(known) - 1 :] for values in decoder.looks)
-        furthest = max([draft.furthest, *looks])
         for token, frame, share in zip(picks[: n + 1], frames.tolist(), beyond.tolist(), strict=False):
-            lost = share > LOST_SHARE or frame < furthest - REWIND
+            rewinds = frame < _place([*draft.looks, *looks]) - REWIND and draft.n_stalled < MAX_STALLED
+            lost = rewinds or share > LOST_SHARE
             if token == vocabulary.eot or lost or len(tokens) >= limit:
                 return _parted(tokens, looks, draft, n_agreed, frontier)
             tokens.append(token)
@@ -193,5 +196,11 @@ def _parted(tokens: list[int], looks: list[int], draft: Draft, n_agreed: int, fr
     start = loop_start(tokens)
     kept = tokens if start is None else tokens[: max(start, before)]
     n_stable = min(n_stable, len(kept) - before)
-    furthest = max([draft.furthest, *looks[:n_stable]])
-    return Draft(kept[: before + n_stable], kept[before + n_stable :], furthest, looped=start is not None)
+    known = [*draft.looks, *looks[:n_stable]][-PLACE_TOKENS:]
+    n_stalled = 0 if n_stable else draft.n_stalled + 1
+    return Draft(kept[: before + n_stable], kept[before + n_stable :], known, n_stalled, looped=start is not None)
+
+
+def _place(looks: list[int]) -> float:
+    """Frame at which the decoder is; one token that looks astray does not move it."""
+    return float(np.median(looks[-PLACE_TOKENS:])) if looks else 0.0
