@@ -112,4 +112,3 @@ def _unload(encoder: Any) -> None:
         layer = encoder.get_submodule(name)
         layer.merge()
         setattr(encoder.get_submodule(parent), child, layer.get_base_layer())
-    encoder.requires_grad_(requires_grad=False)

@@ -30,8 +30,6 @@ from .machine import describe
 from .model import Checkpoint
 
 CHECKPOINT = "checkpoint.pt"
-
-
 ROWS_PER_FRAME = 6  # computed for a frame of audio; where a step's overlap takes more, the batch is smaller: memory
 
 

@@ -129,6 +129,8 @@ def _check_stream(export: Export, where: str) -> None:
         raise ConfigError(f"{where}.stream_chunk: must be positive")
     if not overlaps or min(overlaps) < 1 or len(set(overlaps)) < len(overlaps):
         raise ConfigError(f"{where}.stream_overlaps: must be positive and distinct, at least one")
+    if export.stream_padding < 0:
+        raise ConfigError(f"{where}.stream_padding: must not be negative")
     if export.stream_context < 1 or export.stream_context % export.stream_chunk:
         raise ConfigError(f"{where}.stream_context: must be a multiple of stream_chunk")
 
