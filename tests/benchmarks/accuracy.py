@@ -195,7 +195,7 @@ def _draw(
 ) -> None:
     ways = next(iter(rates.values()))
     panels = figure.subplots(1, 2, width_ratios=[3, 2]) if by_overlap else [figure.subplots()]
-    names = [name.replace(" + ", "\n+ ") for name in rates]
+    names = [name.replace(" + noise_", "\n+ ").replace(", ", "\n") for name in rates]
     plots.bars(panels[0], names, {way: [found[way] for found in rates.values()] for way in ways}, "error rate (%)")
     if by_overlap:
         for name, heard in by_overlap.items():
