@@ -12,7 +12,7 @@ from benchmarks.runs import Message
 
 from agent.messages import Transcript
 from convert.speechset import Clip
-from whisperlet.bundle import Dims
+from whisperlet.bundle import Dims, StreamSpec
 
 # ---- encoder work
 
@@ -65,9 +65,10 @@ def test_trends():
     assert long_audio.round_ratio(minutes, 5 * MINUTE) is None
 
 
-def test_a_bundle_that_does_not_stream_is_compared_with_an_assumed_one():
-    how, is_real = long_audio.streaming(toy.make_manifest())
-    assert (how.chunk, is_real) == (15, False)
+def test_how_a_bundle_streams():
+    spec = StreamSpec(chunk=15, overlap=40, padding=32, context=510)
+    assert long_audio.streaming(toy.make_manifest(streams=[spec])) == (Streaming(15, 87, 510), True)
+    assert long_audio.streaming(toy.make_manifest(streams=[])) == (Streaming(15, 55, 512), False)
 
 
 # ---- noise
