@@ -6,11 +6,23 @@ import numpy as np
 import toy
 from test_model import make_tokenizer
 
+from agent.state import Looks
 from whisperlet.tokenizer import Tokenizer
 
 
+class ScriptedStream:
+    """Counts frames as a stream does, and holds nothing else."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.begin()
+
+    def begin(self):
+        self.committed = self.n_frames = 0
+
+
 class ScriptedEngine:
-    """Says `answer`, whatever it hears; takes notes."""
+    """Says `answer`, whatever it hears, each token looking at the start of the audio; takes notes."""
 
     def __init__(self, answer="", no_speech=0.0, certainty=30.0, language=toy.EN, **manifest):
         silence = {"default": 64, "haw": 200}
@@ -18,8 +30,9 @@ class ScriptedEngine:
         self.tokenizer = Tokenizer(make_tokenizer().to_str().encode(), self.manifest.vocabulary)
         self.answer = answer
         self.no_speech, self.certainty, self.language = no_speech, certainty, language
-        self.windows = []
-        self.passes = []
+        self.windows = []  # frames of each `encode`
+        self.steps = []  # of each `listen`: signature, first frame, frames
+        self.passes = []  # tokens of each `decode`
 
     @property
     def answer(self):
@@ -36,13 +49,29 @@ class ScriptedEngine:
         self.windows.append(mel.shape[1] // 2)
         state.position = 0
 
+    def new_stream(self, spec):
+        return ScriptedStream(spec)
+
+    def listen(self, stream, mel, n_frames):
+        spec = stream.spec
+        assert mel.shape == (1, 2 * spec.width + 3, toy.DIMS.n_mels)
+        assert 0 < n_frames <= spec.reach
+        self.steps.append((spec.name, stream.committed, n_frames))
+        stream.n_frames = stream.committed + n_frames
+        stream.committed += spec.chunk * (n_frames == spec.reach)
+
+    def attend(self, state, stream):
+        pass
+
     def decode(self, state, tokens):
+        assert 0 <= state.position <= len(state.tokens)
         self.passes.append(list(tokens))
         rows = []
         for token in tokens:
             state.tokens[state.position :] = [token]
             state.position += 1
             rows.append(self._logits(state.tokens))
+        state.looks = Looks(np.zeros(len(rows), np.int64), np.zeros(len(rows), np.float32))
         return np.stack(rows)
 
     def _logits(self, tokens):

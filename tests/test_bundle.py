@@ -156,7 +156,8 @@ def manifest_json(**changes):
     [
         ({"manifest.json": manifest_json()}, r"lacks manifest\.json or tokenizer\.json"),
         ({"tokenizer.json": TOKENIZER}, r"lacks manifest\.json or tokenizer\.json"),
-        ({"manifest.json": manifest_json(format_version=2)}, "has format version 2; this program reads 1"),
+        ({"manifest.json": manifest_json(format_version=1)}, "has format version 1; this program reads 2"),
+        ({"manifest.json": manifest_json(streams=[{"chunk": 15}])}, r"manifest\.json: .*overlap.*streams"),
         ({"manifest.json": b"{}"}, "has format version None"),
         ({"manifest.json": b"[1]"}, r"manifest\.json: "),
         ({"manifest.json": b"\xff"}, r"manifest\.json: "),
@@ -204,6 +205,11 @@ def test_state_is_what_goes_in_and_comes_out():
     graph = bundle.GraphSpec("g", specs("tokens self_k_0 cross_k_0"), specs("logits self_k_0"))
     assert graph.state == [("self_k_0", "self_k_0")]
     assert bundle.kv_names("self", 2) == ["self_k_0", "self_v_0", "self_k_1", "self_v_1"]
+
+
+def test_sizes_of_a_stream():
+    spec = bundle.StreamSpec(chunk=15, overlap=40, padding=32, context=512)
+    assert (spec.reach, spec.width, spec.name) == (55, 87, "stream_15_40")
 
 
 def test_both_runtimes_read_it_with_its_zip(toy_path, toy_bundle):

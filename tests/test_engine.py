@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from agent import decoding, engine
 from agent.engine import InterpreterEngine, LiteRtEngine
-from agent.transcriber import _Bound
+from agent.follower import Bound
+from agent.state import cross_mask, self_mask
 from whisperlet.audio import to_float32
 from whisperlet.bundle import Bundle
 from whisperlet.errors import BundleError
@@ -123,6 +124,82 @@ def test_room(either):
     np.testing.assert_allclose(either.decode(state, [5, 5, 5]), logits[-3:], atol=TOLERANCE)
 
 
+def streamed(runtime, n_steps, seed=0):
+    """A stream after some full steps over noise."""
+    spec = toy.STREAMS[0]
+    stream, rng = runtime.new_stream(spec), np.random.default_rng(seed)
+    for _ in range(n_steps):
+        mel = rng.normal(size=(1, 2 * spec.width + 3, toy.DIMS.n_mels)).astype(np.float32)
+        runtime.listen(stream, mel, spec.reach)
+    return stream
+
+
+def test_the_decoder_looks_at_what_a_stream_holds_and_its_padding(either):
+    state, stream = either.new_state(), streamed(either, 3)
+    either.attend(state, stream)
+    expected, looks = either.decode(state, TOKENS), state.looks
+    n = stream.n_frames + stream.spec.padding
+    for name, tensor in stream.cross.items():
+        (tensor[:, n:] if "_k_" in name else tensor[:, :, n:])[:] = 1000.0
+    either.attend(state, stream)
+    assert state.position == len(TOKENS)  # what was said is kept
+    state.position = 0
+    np.testing.assert_allclose(either.decode(state, TOKENS), expected, atol=TOLERANCE)
+    np.testing.assert_array_equal(state.looks.frames, looks.frames)
+    stream.cross["cross_v_0"][:, :, n - 1] += 5.0
+    either.attend(state, stream)
+    state.position = 0
+    assert np.abs(either.decode(state, TOKENS) - expected).max() > 0.01
+
+
+def test_what_was_said_is_not_heard_again_as_audio_comes(either):
+    state = either.new_state()
+    either.attend(state, streamed(either, 2))
+    either.decode(state, TOKENS[:5])
+    either.attend(state, streamed(either, 4))
+    going_on = either.decode(state, TOKENS[5:])
+    state.position = 0
+    anew = either.decode(state, TOKENS)[5:]
+    assert TOLERANCE < np.abs(going_on - anew).max() < 5
+
+
+def test_the_length_of_cross_attention_does_not_matter(either):
+    state, stream = either.new_state(), streamed(either, 5)
+    logits, looks = [], []
+    for n_cross in toy.CROSS_FRAMES:
+        if n_cross > stream.n_cross:
+            stream.grow(n_cross)
+        either.attend(state, stream)
+        assert state.n_cross == n_cross
+        state.position = 0
+        logits.append(either.decode(state, TOKENS))
+        looks.append(state.looks)
+    np.testing.assert_allclose(logits[0], logits[1], atol=TOLERANCE)
+    np.testing.assert_array_equal(looks[0].frames, looks[1].frames)
+    np.testing.assert_allclose(looks[0].beyond, looks[1].beyond, atol=TOLERANCE)
+
+
+def test_looks_of_many_tokens_in_a_pass_equal_those_one_by_one(either):
+    state, stream = either.new_state(), streamed(either, 3, seed=1)
+    either.attend(state, stream)
+    either.decode(state, TOKENS)
+    together = state.looks
+    state.position, frames, beyond = 0, [], []
+    for token in TOKENS:
+        either.decode(state, [token])
+        frames += state.looks.frames.tolist()
+        beyond += state.looks.beyond.tolist()
+    assert together.frames.tolist() == frames
+    assert together.beyond.tolist() == pytest.approx(beyond, abs=TOLERANCE)
+    assert max(frames) < stream.n_frames
+    assert len(set(frames)) > 2
+    assert 0 < min(beyond) < max(beyond) < 1
+    either.encode(state, MEL[128])
+    either.decode(state, TOKENS)
+    assert max(state.looks.frames) < 128
+    assert state.looks.beyond.tolist() == pytest.approx([0] * len(TOKENS), abs=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("n_tokens", "room", "size"), [(1, 32, 1), (2, 32, 4), (4, 4, 4), (4, 3, 1), (9, 32, 16), (17, 32, 16), (9, 15, 4)]
 )
@@ -136,10 +213,10 @@ def test_no_pass_without_room():
 
 
 def test_masks():
-    seen = engine.self_mask(2, 3, 8) == 0
+    seen = self_mask(2, 3, 8) == 0
     assert seen.astype(int).tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]
-    assert (engine.cross_mask(3, 5) == 0).astype(int).tolist() == [[1, 1, 1, 0, 0]]
-    for mask in (engine.self_mask(2, 3, 8), engine.cross_mask(3, 5)):
+    assert (cross_mask(3, 5) == 0).astype(int).tolist() == [[1, 1, 1, 0, 0]]
+    for mask in (self_mask(2, 3, 8), cross_mask(3, 5)):
         assert mask.dtype == np.float32
         assert np.exp(mask.min()) == 0
 
@@ -147,11 +224,11 @@ def test_masks():
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), block=st.sampled_from([1, 2, 4, 7]), n_frames=st.sampled_from(toy.ENCODE_FRAMES))
 def test_a_draft_changes_nothing(litert, data, block, n_frames):
-    state = litert.new_state()
+    decoder = Bound(litert)
 
     def hear(draft, block):
-        litert.encode(state, MEL[n_frames])
-        return decoding.greedy(_Bound(litert, state), toy.VOCABULARY, TOKENS[:4], draft, limit=20, block=block)
+        litert.encode(decoder.state, MEL[n_frames])
+        return decoding.greedy(decoder, toy.VOCABULARY, TOKENS[:4], draft, limit=20, block=block)
 
     expected = hear([], 1)
     noise = data.draw(st.lists(st.integers(0, 255), max_size=8))

@@ -17,8 +17,10 @@ from convert.recipe import stages
 from whisperlet.bundle import kv_names
 from whisperlet.errors import ModelError
 
-SIGNATURES = [f"encode_{n}" for n in toy.ENCODE_FRAMES] + [
-    f"decode_{n}_{n_cross}" for n_cross in toy.CROSS_FRAMES for n in toy.DECODE_TOKENS
+SIGNATURES = [
+    *(f"encode_{n}" for n in toy.ENCODE_FRAMES),
+    *(spec.name for spec in toy.STREAMS),
+    *(f"decode_{n}_{n_cross}" for n_cross in toy.CROSS_FRAMES for n in toy.DECODE_TOKENS),
 ]
 
 
@@ -26,7 +28,7 @@ SIGNATURES = [f"encode_{n}" for n in toy.ENCODE_FRAMES] + [
 def modules():
     """Modules by signature, with their specs."""
     export = stages(toy.recipe(toy.REPOSITORY))[0]
-    whisper = FoldedWhisper(toy.make_model())
+    whisper = FoldedWhisper(toy.make_model(), toy.ALIGNMENT_HEADS)
     return {spec.name: (spec, module) for spec, module in signatures(whisper, toy.DIMS, export)}
 
 
@@ -49,7 +51,7 @@ def random_inputs(spec, seed=0):
 
 def half(folder, name, kind):
     """The file of the encoder or of the decoder, "float" or "float.int8"."""
-    return folder / f"{name.split('_')[0]}_{kind}.tflite"
+    return folder / f"{'decode' if name.startswith('decode') else 'encode'}_{kind}.tflite"
 
 
 def run(path, spec, inputs):
@@ -60,7 +62,7 @@ def run(path, spec, inputs):
 def test_the_float_file_computes_what_the_modules_compute(toy_folder, modules, name):
     spec, module = modules[name]
     inputs = random_inputs(spec)
-    if name.startswith("encode"):
+    if "offset" in inputs:
         inputs["offset"] = np.array([17.0], np.float32)
     with torch.inference_mode():
         expected = module(**{key: torch.from_numpy(value) for key, value in inputs.items()})
@@ -119,6 +121,8 @@ def test_shapes_pass_from_graph_to_graph(toy_bundle):
     """What encode puts out, and what decode carries, has one shape wherever it is taken in."""
     shapes = defaultdict(set)
     for graph in toy_bundle.manifest.graphs:
+        if graph.name.startswith("stream"):
+            continue
         n_cross = next(n for n in toy.CROSS_FRAMES if graph.name.endswith(f"_{n}") or graph.name == "encode_128")
         for tensor in graph.inputs + graph.outputs:
             if tensor.name.startswith("self_k") or tensor.name.startswith("self_v"):
@@ -127,6 +131,21 @@ def test_shapes_pass_from_graph_to_graph(toy_bundle):
                 shapes[tensor.name, n_cross].add(tensor.shape)
     assert len(shapes) == 4 + 2 * 4
     assert all(len(found) == 1 for found in shapes.values())
+
+
+@pytest.mark.parametrize("spec", toy.STREAMS, ids=lambda spec: spec.name)
+def test_shapes_of_a_stream(toy_bundle, spec):
+    graph = next(graph for graph in toy_bundle.manifest.graphs if graph.name == spec.name)
+    shapes = {tensor.name: tensor.shape for tensor in graph.inputs + graph.outputs}
+    for kind, n in (("past", spec.context), ("new", spec.chunk), ("cross", spec.width)):
+        for name in kv_names(kind, 2):
+            keys, values = (toy.DIMS.n_head, n, toy.DIMS.d_head), (toy.DIMS.n_head, toy.DIMS.d_head, n)
+            assert shapes.pop(name) == (keys if "_k_" in name else values)
+    assert shapes == {
+        "mel": (1, 2 * spec.width + 3, toy.DIMS.n_mels),
+        "offset": (1,),
+        "mask": (1, spec.context + spec.width),
+    }
 
 
 def test_every_weight_is_stored_once(flat, toy_path):
@@ -229,7 +248,7 @@ def test_parity_refuses_another_model(toy_folder, modules):
     """The comparison itself can fail: a checkpoint of which one bias differs is not what the file computes."""
     other = toy.make_model()
     other.model.decoder.layers[1].fc1.bias.data += 1
-    probe = parity.Probe(FoldedWhisper(other), toy.DIMS, stages(toy.recipe(toy.REPOSITORY))[0], [toy.SOT, toy.EN])
+    probe = parity.Probe(FoldedWhisper(other, toy.ALIGNMENT_HEADS), toy.DIMS, stages(toy.recipe(toy.REPOSITORY))[0], [toy.SOT, toy.EN])
     floats = [half(toy_folder, name, "float") for name in ("encode", "decode")]
     with pytest.raises(ModelError, match="decode_1_256 does not compute what the checkpoint does"):
         parity.compare_signatures(probe, floats, toy_folder / "toy.tflite")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from convert import fold
 from convert.fold import FoldedWhisper, after_norm, normalise
-from convert.graphs import Decode, Encode, inverse_timescales
+from convert.graphs import Decode, Encode, by_layer, inverse_timescales
 
 TOLERANCE = 1e-4
 
@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def folded(model):
-    return FoldedWhisper(model)
+    return FoldedWhisper(model, toy.ALIGNMENT_HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -29,23 +29,24 @@ def mel():
 
 
 def logits(folded, mel, tokens, n_frames=1500, n_cross=1500):
-    return decoded(folded, Encode(folded, toy.DIMS, n_frames, n_cross)(mel, torch.zeros(1)), tokens, n_frames, n_cross)
+    cross = Encode(folded, toy.DIMS, n_frames, n_cross)(mel, torch.zeros(1))
+    return decoded(folded, cross, tokens, n_frames, n_cross)["logits"]
 
 
 def decoded(folded, cross, tokens, n_frames=1500, n_cross=1500):
-    decode = Decode(folded, toy.DIMS, len(tokens), n_cross)
+    decode = Decode(folded, toy.DIMS, len(tokens), n_cross, by_layer(folded.alignment_heads))
     inputs = decode.examples() | cross
     inputs["tokens"] = torch.tensor([tokens], dtype=torch.int32)
     inputs["self_mask"] = torch.full((len(tokens), toy.N_TEXT_CTX), -1e9).triu(1)
     inputs["cross_mask"] = torch.where(torch.arange(n_cross)[None] < n_frames, 0.0, -1e9)
-    return decode(**inputs)["logits"]
+    return decode(**inputs)
 
 
 def test_nothing_in_the_toy_is_trivial(model):
     """Folding gains of one and biases of zero would prove nothing."""
     for name, parameter in model.named_parameters():
         assert parameter.std() > 0.1, name
-    assert not any(p.requires_grad for p in FoldedWhisper(model).parameters())
+    assert not any(p.requires_grad for p in FoldedWhisper(model, toy.ALIGNMENT_HEADS).parameters())
 
 
 def test_logits_equal_transformers(model, folded, mel):
@@ -67,7 +68,25 @@ def encoded(model, folded, mel):
 def test_any_tokens(model, folded, encoded, tokens):
     theirs, ours = encoded
     expected = model(encoder_outputs=theirs, decoder_input_ids=torch.tensor([tokens])).logits
-    assert (decoded(folded, ours, tokens) - expected).abs().max() < TOLERANCE
+    assert (decoded(folded, ours, tokens)["logits"] - expected).abs().max() < TOLERANCE
+
+
+def test_attention_is_that_of_the_alignment_heads(model, folded, encoded):
+    tokens = [toy.SOT, toy.EN, toy.TRANSCRIBE, toy.NO_TIMESTAMPS, 20, 30]
+    theirs, ours = encoded
+    model.set_attn_implementation("eager")
+    found = model(encoder_outputs=theirs, decoder_input_ids=torch.tensor([tokens]), output_attentions=True)
+    model.set_attn_implementation("sdpa")
+    weights = sum(found.cross_attentions[layer][:, head] for layer, head in toy.ALIGNMENT_HEADS)
+    attention = decoded(folded, ours, tokens)["attention"]
+    assert attention.shape == (1, len(tokens), 1500)
+    assert (attention - weights).abs().max() < TOLERANCE
+    assert (attention.sum(-1) - len(toy.ALIGNMENT_HEADS)).abs().max() < TOLERANCE
+    assert len(set(attention.argmax(-1)[0].tolist())) > 1
+
+
+def test_heads_by_layer():
+    assert by_layer([(1, 2), (0, 1), (1, 0)]) == {1: [2, 0], 0: [1]}
 
 
 def test_a_short_window_equals_transformers_on_as_many_frames(model, folded, mel):
@@ -122,5 +141,5 @@ def test_after_norm():
 
 def test_the_model_is_not_changed(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    FoldedWhisper(model)
+    FoldedWhisper(model, toy.ALIGNMENT_HEADS)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from whisperlet import audio
 from whisperlet.audio import HOP_LENGTH, to_float32, to_pcm16
-from whisperlet.logmel import MAX_SAMPLES, LogMel, log_mel, mel_filters
+from whisperlet.logmel import DYNAMIC_RANGE, MAX_SAMPLES, SILENCE, LogMel, log_mel, mel_filters
 
 TOLERANCE = 3e-5  # transformers computes in float32 here, and is itself that far from its form in float64
 SPEECH = to_float32(toy.babble(3.0))
@@ -117,6 +117,61 @@ def test_loudness_of_what_is_left_out_does_not_count():
     state.feed(loud_at_the_end)
     np.testing.assert_allclose(state.window(100, 8000), log_mel(loud_at_the_end[:8000], 100), atol=1e-6)
     assert np.abs(state.window(100, 8000)[:, :49] - state.window(100)[:, :49]).max() > 0.1
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    n=LENGTHS,
+    cuts=CUTS,
+    first=st.integers(-2, 250),
+    n_real=st.integers(0, 120),
+    n_silent=st.integers(0, 60),
+    gain=st.sampled_from([1.0, 0.001]),
+)
+def test_any_chunking_gives_the_same_stretch(n, cuts, first, n_real, n_silent, gain):
+    samples = np.concatenate([SPEECH[:16_000], gain * SPEECH[16_000:]])[:n]
+    state = LogMel(80)
+    for chunk in chunks(samples, cuts):
+        state.feed(chunk)
+    first, n_frames = min(first, state.n_frames), n_real + n_silent
+    last = min(max(0, first + n_real), state.n_frames)
+    found = state.stretch(first, n_frames, last)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, by_definition(samples, first, n_frames, last), atol=1e-6)
+
+
+def by_definition(samples, first, n_frames, last):
+    """A stretch, from the spectrogram of everything: zeros before the start, silence from `last` on."""
+    whole = LogMel(80)
+    whole.feed(samples)
+    power = np.concatenate([whole.log_power(320)[:last], np.full((n_frames + 1, 80), SILENCE)])
+    loudest = power.max()
+    scaled = (np.maximum(power, loudest - DYNAMIC_RANGE) + 4) / 4
+    return np.concatenate([np.zeros((max(0, -first), 80)), scaled[max(0, first) :]])[None, :n_frames]
+
+
+def test_a_stretch_is_a_part_of_the_window():
+    """Where nothing louder comes later, and before the frames that reach past the end of the audio."""
+    state = LogMel(80)
+    state.feed(np.concatenate([SPEECH[:16_000], 0.1 * SPEECH[16_000:]]))
+    window = state.window(state.n_frames + 10)
+    assert window.argmax() < 100 * 80
+    for first, last in ((0, state.n_frames), (150, 200), (100, 180)):
+        np.testing.assert_array_equal(state.stretch(first, last - first, last), window[:, first:last])
+    np.testing.assert_array_equal(state.stretch(-2, 102, 100)[:, 2:], window[:, :100])
+    assert not state.stretch(-2, 102, 100)[:, :2].any()
+
+
+def test_what_comes_after_a_stretch_does_not_change_it():
+    state = LogMel(80)
+    state.feed(0.001 * SPEECH[:16_000])
+    before = state.stretch(20, 90, 80)
+    beyond = state.stretch(20, 90, 10_000)
+    state.feed(SPEECH[16_000:])
+    np.testing.assert_array_equal(state.stretch(20, 90, 80), before)
+    assert np.ptp(before[:, 60:]) == 0  # silence
+    assert np.ptp(beyond[:, 60:78]) > 0
+    assert np.abs(state.stretch(20, 90, 110) - before)[:, :60].max() > 0.1  # the loudest counts once it is there
 
 
 def test_too_much():

@@ -73,7 +73,9 @@ def heard(messages):
 @given(sizes=st.lists(st.integers(16, 6000), min_size=1, max_size=6))
 def test_output_does_not_depend_on_the_chunking(dialogue, sizes):
     def plain(messages):
-        return [(*m.key, m.start, m.samples.tobytes(), m.is_last, m.continues, m.speech_end) for m in messages]
+        return [
+            (*m.key, m.start, m.samples.tobytes(), m.is_last, m.continues, m.speech_end, m.voiced_end) for m in messages
+        ]
 
     assert plain(run(dialogue, sizes=sizes)) == plain(run(dialogue))
 
@@ -96,6 +98,25 @@ def test_speech_begins_with_pre_roll_and_ends_with_its_last_voiced_frame(dialogu
     first, second = segments(dialogue, CONFIG)
     assert samples(700) < first.speech_end < samples(700) + len(clip("1089-134691-0000"))
     assert second.decision - second.speech_end == samples(CONFIG.hang_over_ms)
+
+
+def test_it_says_where_the_voice_was_last_heard_while_the_speech_goes_on(dialogue):
+    for messages in by_segment(run(dialogue)).values():
+        *going_on, last = messages
+        assert last.voiced_end is None
+        for before, message in itertools.pairwise(going_on):
+            end = message.start + FRAME
+            assert before.voiced_end <= message.voiced_end <= end
+            assert message.voiced_end in (before.voiced_end, end)
+        assert going_on[-1].voiced_end == last.speech_end  # what a consumer was told in the pause was right
+        assert len({message.voiced_end for message in going_on}) > 10
+
+
+def test_after_a_cut_the_voice_may_have_been_last_heard_before_the_segment():
+    talk = clip("1272-128104-0000")[samples(500) : samples(4_800)]
+    config = VadConfig(max_segment_s=5.0, hang_over_ms=1000, cut_window_s=0.5)
+    second = by_segment(run(np.concatenate([talk, silence(3)]), config))[1, 1]
+    assert all(message.voiced_end <= second[0].start for message in second[:-1])
 
 
 def test_pre_roll_never_reaches_into_the_utterance_before(dialogue):

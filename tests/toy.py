@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from whisperlet.audio import SAMPLE_RATE, to_pcm16
-from whisperlet.bundle import FORMAT_VERSION, Dims, Manifest, Vocabulary
+from whisperlet.bundle import FORMAT_VERSION, Dims, Manifest, StreamSpec, Vocabulary
 
 REPOSITORY = Path(__file__).parents[1]
 ENCODE_FRAMES, CROSS_FRAMES, DECODE_TOKENS, N_TEXT_CTX = (128, 1500), (256, 1500), (1, 4), 32
+STREAMS = [StreamSpec(chunk=15, overlap=overlap, padding=9, context=60) for overlap in (40, 10)]
+ALIGNMENT_HEADS = [(0, 1), (1, 0), (1, 2)]
 EOT, SOT, EN, HAW, TRANSCRIBE, NO_SPEECH, NO_TIMESTAMPS = 256, 257, 258, 259, 261, 264, 265
 FREQUENT = [222, 77, 55, 147, 123]  # what this model would say all day
 
@@ -39,10 +41,11 @@ def make_manifest(**changes):
         name="toy",
         dims=DIMS,
         vocabulary=VOCABULARY,
-        alignment_heads=[(1, 0)],
+        alignment_heads=ALIGNMENT_HEADS,
         encode_frames=list(ENCODE_FRAMES),
         cross_frames=list(CROSS_FRAMES),
         decode_tokens=list(DECODE_TOKENS),
+        streams=STREAMS,
         silence_frames={"default": 64},
         graphs=[],
         source="toy",
@@ -82,6 +85,7 @@ def make_model(n_layers=2):
             if name != "model.encoder.embed_positions.weight":
                 parameter.normal_(mean=float("norm.weight" in name), std=0.2)
         _make_talkative(model.model.decoder)
+    model.generation_config.alignment_heads = [list(head) for head in ALIGNMENT_HEADS]
     return model
 
 
@@ -107,7 +111,14 @@ def recipe(folder, name="toy"):
     from convert.recipe import Export, Package, Quantise, Recipe
 
     export = Export(
-        n_text_ctx=N_TEXT_CTX, encode_frames=ENCODE_FRAMES, cross_frames=CROSS_FRAMES, decode_tokens=DECODE_TOKENS
+        n_text_ctx=N_TEXT_CTX,
+        encode_frames=ENCODE_FRAMES,
+        cross_frames=CROSS_FRAMES,
+        decode_tokens=DECODE_TOKENS,
+        stream_chunk=STREAMS[0].chunk,
+        stream_overlaps=tuple(spec.overlap for spec in STREAMS),
+        stream_padding=STREAMS[0].padding,
+        stream_context=STREAMS[0].context,
     )
     package = Package(silence_frames={"default": 64, "haw": 96})
     return Recipe(source=str(folder / "checkpoint"), stages=[export, Quantise(), package], name=name)
