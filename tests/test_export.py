@@ -248,7 +248,9 @@ def test_parity_refuses_another_model(toy_folder, modules):
     """The comparison itself can fail: a checkpoint of which one bias differs is not what the file computes."""
     other = toy.make_model()
     other.model.decoder.layers[1].fc1.bias.data += 1
-    probe = parity.Probe(FoldedWhisper(other, toy.ALIGNMENT_HEADS), toy.DIMS, stages(toy.recipe(toy.REPOSITORY))[0], [toy.SOT, toy.EN])
+    probe = parity.Probe(
+        FoldedWhisper(other, toy.ALIGNMENT_HEADS), toy.DIMS, stages(toy.recipe(toy.REPOSITORY))[0], [toy.SOT, toy.EN]
+    )
     floats = [half(toy_folder, name, "float") for name in ("encode", "decode")]
     with pytest.raises(ModelError, match="decode_1_256 does not compute what the checkpoint does"):
         parity.compare_signatures(probe, floats, toy_folder / "toy.tflite")
