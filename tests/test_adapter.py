@@ -1,8 +1,8 @@
-"""Adapters: what is merged is what was trained, and nothing else is merged. And their stage of a recipe."""
+"""Adapters: what is merged is what was trained, and nothing else is merged. And what a build does with one."""
 
 import hashlib
-import re
 
+import msgspec
 import pytest
 import safetensors
 import torch
@@ -10,9 +10,9 @@ import toy
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from convert import adapter, pipeline, recipe, streaming
-from convert.recipe import Adapter, Export, Package, Quantise
-from whisperlet.errors import ConfigError, ModelError
+from convert import adapter, distil, pipeline, recipe, streaming, wheels
+from convert.recipe import Adapter
+from whisperlet.errors import ModelError
 
 RANK, ALPHA, SOURCE = 4, 8, "5" * 64
 TOLERANCE = 1e-5
@@ -78,6 +78,15 @@ def test_merged_equals_attached(path):
     merged = make_encoder()
     adapter.merge(merged, path, SOURCE)
     assert (heard(merged) - heard(attached())).abs().max() < TOLERANCE
+
+
+def test_what_is_merged_is_the_product_of_two_matrices_to_scale(path):
+    merged, plain, tensors = make_encoder(), make_encoder(), load_file(path)
+    adapter.merge(merged, path, SOURCE)
+    a, b = (tensors[f"layers.1.fc1.lora_{side}.weight"].float() for side in "AB")
+    added = merged.layers[1].fc1.weight - plain.layers[1].fc1.weight
+    assert (added - ALPHA / RANK * b @ a).abs().max() < TOLERANCE
+    assert torch.equal(merged.layers[1].fc1.bias, plain.layers[1].fc1.bias)
 
 
 def test_a_merged_encoder_has_the_tensors_of_any_other(path, plain):
@@ -165,71 +174,22 @@ def test_it_is_found_by_path_or_by_name(path, tmp_path, monkeypatch):
     assert adapter.find("toy") == shipped
 
 
-# the stage of a recipe
-
-RECIPE = """
-source = "here"
-[[stages]]
-stage = "adapter"
-file = "toy"
-[[stages]]
-stage = "export"
-[[stages]]
-stage = "quantise"
-[[stages]]
-stage = "package"
-silence_frames = { default = 64 }
-"""
-EXPORT = 'stage = "export"\n'
+SHIPPED = sorted((toy.REPOSITORY / "convert" / "adapters").glob("*.safetensors"))
 
 
-def load(folder, text):
-    (folder / "mine.toml").write_text(text)
-    return recipe.load(str(folder / "mine.toml"))
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.stem)
+def test_what_ships_was_made_for_the_pinned_checkpoint(shipped):
+    record = msgspec.json.decode(shipped.with_suffix(".json").read_bytes(), type=distil.Record)
+    with safetensors.safe_open(shipped, "pt") as file:
+        metadata = file.metadata()
+    assert adapter.find(shipped.stem).samefile(shipped)
+    assert record.file == shipped.name
+    assert metadata["source_sha256"] == record.source_sha256
+    assert record.source_sha256 == wheels.PACKAGES[record.source.removeprefix("pypi:")].tensors_sha256
+    assert record.curve[-1].streamed < record.curve[0].streamed
 
 
-def test_a_recipe_may_have_an_adapter(tmp_path):
-    made = load(tmp_path, RECIPE)
-    assert recipe.adapter(made) == Adapter(file="toy")
-    assert recipe.stages(made) == (Export(), Quantise(), Package(silence_frames={"default": 64}))
-    without = load(tmp_path, RECIPE.replace('[[stages]]\nstage = "adapter"\nfile = "toy"\n', ""))
-    assert recipe.adapter(without) is None
-    assert recipe.stages(without) == recipe.stages(made)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (RECIPE.replace('file = "toy"', ""), "missing required field `file` - at `$.stages[0]`"),
-        (RECIPE.replace("default = 64", "en = 64"), 'mine.toml: stages[3].silence_frames: lacks "default"'),
-        (RECIPE.replace(EXPORT, f"{EXPORT}decode_tokens = [4]\n"), "stages[1].decode_tokens: must begin with 1"),
-        (RECIPE.replace(EXPORT, f"{EXPORT}cross_frames = [0, 1500]\n"), "stages[1].cross_frames: must be positive"),
-        (RECIPE.replace(EXPORT, f"{EXPORT}encode_frames = [512]\n"), "stages[1].encode_frames: must end with 1500"),
-        (RECIPE.replace("quantise", "adapter"), "missing required field `file` - at `$.stages[2]`"),
-        (
-            RECIPE.replace("export", "quantise"),
-            "stages: must be export, quantise, package, each once and in this order",
-        ),
-        (RECIPE + '[[stages]]\nstage = "adapter"\nfile = "toy"\n', "stages: must be export, quantise, package"),
-        (RECIPE.replace(EXPORT, f"{EXPORT}stream_chunk = 0\n"), "stages[1].stream_chunk: must be positive"),
-        (RECIPE.replace(EXPORT, f"{EXPORT}stream_overlaps = []\n"), "stages[1].stream_overlaps: must be positive and"),
-        (RECIPE.replace(EXPORT, f"{EXPORT}stream_overlaps = [40, 0]\n"), "stages[1].stream_overlaps: must be positive"),
-        (
-            RECIPE.replace(EXPORT, f"{EXPORT}stream_overlaps = [40, 40]\n"),
-            "stages[1].stream_overlaps: must be positive",
-        ),
-        (RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 55\n"), "stages[1].stream_context: must be a multiple"),
-        (RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 0\n"), "stages[1].stream_context: must be a multiple"),
-    ],
-)
-def test_what_is_wrong_is_named_by_its_place(tmp_path, text, reason):
-    with pytest.raises(ConfigError, match=re.escape(reason)) as error:
-        load(tmp_path, text)
-    assert "\n" not in str(error.value)
-
-
-def test_a_context_that_just_fits(tmp_path):
-    load(tmp_path, RECIPE.replace(EXPORT, f"{EXPORT}stream_context = 15\n"))
+# in a build
 
 
 @pytest.fixture(scope="module")

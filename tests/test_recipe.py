@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from convert import recipe
-from convert.recipe import Export, Package, Quantise
+from convert.recipe import Adapter, Export, Package, Quantise
 from whisperlet.errors import ConfigError
 
 PLAIN = """
@@ -63,6 +63,19 @@ def changed(before, after):
 
 
 EXPORT = 'stage = "export"'
+ADAPTER = '[[stages]]\nstage = "adapter"\nfile = "toy"\n[[stages]]'
+ADAPTED = changed(f"[[stages]]\n{EXPORT}", f"{ADAPTER}\n{EXPORT}")  # which shifts the places of the others
+
+
+def test_an_adapter_may_come_first(tmp_path):
+    adapted, plain = (recipe.load(written(tmp_path, text)) for text in (ADAPTED, PLAIN))
+    assert recipe.adapter(adapted) == Adapter(file="toy")
+    assert recipe.adapter(plain) is None
+    assert recipe.stages(adapted) == recipe.stages(plain)
+
+
+def test_a_context_of_one_chunk_is_enough(tmp_path):
+    recipe.load(written(tmp_path, changed(EXPORT, f"{EXPORT}\nstream_context = 15\nstream_padding = 0")))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +99,29 @@ EXPORT = 'stage = "export"'
         (changed(EXPORT, f"{EXPORT}\nencode_frames = [128, 512]"), "stages[0].encode_frames: must end with 1500"),
         (changed(EXPORT, f"{EXPORT}\nencode_frames = [1500, 2000]"), "stages[0].encode_frames: must end with 1500"),
         (changed(EXPORT, f"{EXPORT}\ncross_frames = [512]"), "stages[0].cross_frames: must end with 1500"),
+        (changed(EXPORT, f"{EXPORT}\nstream_chunk = 0"), "stages[0].stream_chunk: must be positive"),
+        (
+            changed(EXPORT, f"{EXPORT}\nstream_overlaps = []"),
+            "stages[0].stream_overlaps: must be positive and distinct",
+        ),
+        (changed(EXPORT, f"{EXPORT}\nstream_overlaps = [40, 0]"), "stages[0].stream_overlaps: must be positive"),
+        (changed(EXPORT, f"{EXPORT}\nstream_overlaps = [40, 40]"), "stages[0].stream_overlaps: must be positive"),
+        (changed(EXPORT, f"{EXPORT}\nstream_padding = -1"), "stages[0].stream_padding: must not be negative"),
+        (changed(EXPORT, f"{EXPORT}\nstream_context = 0"), "stages[0].stream_context: must be a multiple of"),
+        (changed(EXPORT, f"{EXPORT}\nstream_context = 55"), "stages[0].stream_context: must be a multiple of"),
+        (ADAPTED.replace('file = "toy"', ""), "missing required field `file` - at `$.stages[0]`"),
+        (ADAPTED.replace("default = 256, ", ""), 'mine.toml: stages[3].silence_frames: lacks "default"'),
+        (ADAPTED.replace(EXPORT, f"{EXPORT}\ndecode_tokens = [4]"), "stages[1].decode_tokens: must begin with 1"),
+        (ADAPTED.replace(EXPORT, f"{EXPORT}\nstream_chunk = 0"), "stages[1].stream_chunk: must be positive"),
+        (
+            ADAPTED.replace("export", "quantise"),
+            "stages: must be export, quantise, package, each once and in this order",
+        ),
+        (
+            changed('stage = "quantise"', f'stage = "quantise"\n{ADAPTER.removesuffix("[[stages]]")}'),
+            "or adapter and then",
+        ),
+        (ADAPTED + ADAPTER.removesuffix("[[stages]]"), "stages: must be export, quantise, package"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, reason):
