@@ -37,8 +37,9 @@ class VadConfig(Section, frozen=True):
     start_ms: Annotated[int, msgspec.Meta(ge=20, le=1000)] = 120  # voiced time that opens the gate
     pre_roll_ms: Annotated[int, msgspec.Meta(ge=0, le=2000)] = 300  # audio kept from before the gate opened
     hang_over_ms: Annotated[int, msgspec.Meta(ge=100, le=5000)] = 500  # unvoiced time that closes the gate
-    confirm_probability: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.7  # of Silero's network; 0: webrtcvad suffices
-    confirm_ms: Annotated[int, msgspec.Meta(ge=32, le=1000)] = 96  # for so long in a row, before anything is heard
+    confirm_probability: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.6  # of Silero's network; 0: webrtcvad suffices
+    confirm_ms: Annotated[int, msgspec.Meta(ge=32, le=1000)] = 440  # of certainty, before anything is heard
+    confirm_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.9  # of energy that is speech, for shorter words
     max_segment_s: Annotated[float, msgspec.Meta(ge=5, le=28)] = 28.0  # a final is forced here at the latest
     cut_window_s: Annotated[float, msgspec.Meta(gt=0, le=5)] = 3.0  # ... at the quietest point of this last stretch
 
@@ -58,6 +59,7 @@ class RecogniserConfig(Section, frozen=True):
     silence_frames: Annotated[int, msgspec.Meta(ge=0, le=1000)] | None = None  # None: as measured for the language
     no_speech_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6
     logprob_threshold: Annotated[float, msgspec.Meta(le=0)] = -1.0
+    least_logprob: Annotated[float, msgspec.Meta(le=0)] = -1.6  # text that is less likely is withheld in any case
     reply_timeout_s: Annotated[float, msgspec.Meta(ge=1, le=600)] = 20.0  # then the engine is restarted
     max_backlog_s: Annotated[float, msgspec.Meta(ge=30, le=3600)] = 120.0  # speech kept for an engine that is behind
 

@@ -12,15 +12,13 @@ import platform
 import secrets
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from whisperlet.audio import SAMPLE_RATE
-
+from .clock import Clock, rfc3339
 from .messages import Envelope, Kind, Transcript
 
 Utc = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", description="UTC, RFC 3339")]
@@ -129,6 +127,11 @@ class CounterValues(Payload, frozen=True):
     dropped_messages: dict[str, Total]  # by kind
     refused_messages: Annotated[int, Meta(ge=0, description="the broker would not have them; since the agent started")]
     engine_restarts: Total
+    skipped_partials: Annotated[int, Meta(ge=0, description="not made for lack of time; since the agent started")]
+    rejected_segments: Annotated[int, Meta(ge=0, description="not held to be speech; since the agent started")]
+    dropped_segments: Annotated[int, Meta(ge=0, description="unheard, the engine was behind; since the agent started")]
+    failed_segments: Annotated[int, Meta(ge=0, description="given up by the engine; since the agent started")]
+    failed_reports: Annotated[int, Meta(ge=0, description="of telemetry; since the agent started")]
     reconnects: Total
     dropped_samples: Annotated[int, Meta(ge=0, description="audio lost; since the agent started")]
     source_overflows: Annotated[int, Meta(ge=0, description="of the capture driver; since the agent started")]
@@ -148,6 +151,7 @@ class TelemetryPayload(Payload, frozen=True):
     time_utc: Utc
     interval_s: Seconds
     real_time_factor: Annotated[float, Meta(ge=0, description="engine seconds per second of speech")] | None
+    hop_ms: Annotated[float, Meta(gt=0, description="speech between two partials; null: finals only")] | None
     finalise_ms: Percentiles
     end_to_final_ms: Percentiles
     cpu_percent: Annotated[float, Meta(ge=0, description="all processes of the agent; 100 is one core")]
@@ -156,33 +160,6 @@ class TelemetryPayload(Payload, frozen=True):
     queues: Queues
     counters: CounterValues
     energy: Energy | None
-
-
-class Clock(msgspec.Struct, frozen=True):
-    """Where this machine's clocks meet UTC."""
-
-    wall_s: float  # seconds since 1970, UTC ...
-    monotonic_s: float  # ... when time.monotonic() said this
-    sample0_wall_s: float  # seconds since 1970 when sample 0 was captured
-
-    @classmethod
-    def at(cls, wall_s: float, monotonic_s: float, sample: int, sample_monotonic_s: float) -> Clock:
-        """Clock of a source whose sample number `sample` was captured at `sample_monotonic_s`."""
-        captured_s = wall_s + (sample_monotonic_s - monotonic_s)
-        return cls(wall_s, monotonic_s, captured_s - sample / SAMPLE_RATE)
-
-    def utc_of_sample(self, index: int) -> str:
-        """When sample `index` was captured."""
-        return rfc3339(self.sample0_wall_s + index / SAMPLE_RATE)
-
-    def utc_of_monotonic(self, monotonic_s: float) -> str:
-        """When `time.monotonic()` said so."""
-        return rfc3339(self.wall_s + (monotonic_s - self.monotonic_s))
-
-
-def rfc3339(wall_s: float) -> str:
-    """Seconds since 1970 as UTC with milliseconds, `2025-01-31T12:00:00.000Z`."""
-    return datetime.fromtimestamp(wall_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def new_session() -> str:

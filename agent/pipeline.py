@@ -6,6 +6,7 @@ finds the next one there.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -19,6 +20,7 @@ from whisperlet.audio import SAMPLE_RATE
 from whisperlet.bundle import Bundle
 from whisperlet.errors import AudioError
 
+from .clock import Clock, rfc3339
 from .config import Config
 from .confirm import ConfirmedGate
 from .health import Notifier
@@ -27,14 +29,12 @@ from .mqtt import Publisher
 from .outbox import MemoryOutbox
 from .payloads import (
     BundleInfo,
-    Clock,
     InfoPayload,
     Payload,
     event_payload,
     final_payload,
     new_session,
     partial_payload,
-    rfc3339,
     to_envelope,
     versions,
 )
@@ -103,15 +103,23 @@ class Pipeline:
         self.source.close()
 
     def _shut_down(self) -> None:
-        self._notifier.stopping()
-        self.source.close()
+        """Stop every stage, from the source to the sink, also if one of them cannot be stopped."""
+        with contextlib.ExitStack() as stages:
+            stages.callback(self.publisher.stop, FLUSH_S)
+            stages.callback(self._stop_pulse)
+            stages.callback(self._stop_engine)
+            stages.callback(self.source.close)
+            self._notifier.stopping()
+
+    def _stop_engine(self) -> None:
         if not self.supervisor.drain(DRAIN_S if self.supervisor.pid else 0):
             log.warning("stopped with %d segments unfinished", self.supervisor.backlog)
         self.supervisor.stop()
+
+    def _stop_pulse(self) -> None:
         self._stopping.set()
         if self._pulse.ident is not None:
             self._pulse.join()
-        self.publisher.stop(FLUSH_S)
 
     def _on_source_event(self, name: str, detail: str) -> None:
         """Called from the thread that reads the source."""
@@ -162,13 +170,19 @@ class Pipeline:
             self._notifier.watchdog()
             if time.monotonic() >= due_s:
                 due_s += interval_s
-                self._publish_telemetry()
-        self._publish_telemetry()
+                self._try_telemetry()
+        self._try_telemetry()
+
+    def _try_telemetry(self) -> None:
+        """Publish a report, or count that there was none: the signs of life must go on."""
+        try:
+            self._publish_telemetry()
+        except Exception:
+            self.telemetry.counters.failed_reports += 1
+            log.exception("telemetry could not be reported")
 
     def _publish_telemetry(self) -> None:
-        counters, lost = self.telemetry.counters, self.source.counters
-        counters.engine_restarts = self.supervisor.counters.restarts
-        counters.dropped_samples, counters.source_overflows = lost.dropped_samples, lost.overflows
+        self._collect_counters()
         counts = self.publisher.counts()
         delivery = Delivery(
             depth=self.outbox.depth,
@@ -177,7 +191,16 @@ class Pipeline:
             refused=counts.refused,
             reconnects=max(0, counts.connects - 1),
         )
-        self._publish(self.telemetry.snapshot(delivery, self.supervisor.backlog_s))
+        self._publish(self.telemetry.snapshot(delivery, self.supervisor.backlog_s, self.supervisor.hop_ms))
+
+    def _collect_counters(self) -> None:
+        """Take over what the stages count by themselves."""
+        counters, engine, lost = self.telemetry.counters, self.supervisor.counters, self.source.counters
+        counters.engine_restarts = engine.restarts
+        counters.skipped_partials = engine.skipped_partials
+        counters.dropped_segments, counters.failed_segments = engine.dropped_segments, engine.failed_segments
+        counters.rejected_segments = self.gate.n_rejected
+        counters.dropped_samples, counters.source_overflows = lost.dropped_samples, lost.overflows
 
     def _info(self, bundle: Bundle) -> InfoPayload:
         manifest = bundle.manifest

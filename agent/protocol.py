@@ -31,6 +31,7 @@ class Batch(msgspec.Struct, frozen=True, tag=True):
     """Speech, in order; chunks of one segment that waited are joined."""
 
     chunks: list[SpeechChunk]
+    is_live: bool  # it goes on whether or not the engine keeps up; a file waits
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -43,7 +44,9 @@ class Heard(msgspec.Struct, frozen=True, tag=True):
     """The reply to a Batch."""
 
     transcripts: list[Transcript]
-    busy_s: float
+    busy_s: float  # of the processor
+    hop_ms: float | None  # speech between two partials from now on; None: finals only
+    skipped: int  # partials that were not made, for lack of time
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -7,12 +7,10 @@ in time, is started anew and given everything unfinished again.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import subprocess
-import sys
+import math
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,19 +21,17 @@ from whisperlet.audio import SAMPLE_RATE
 from whisperlet.errors import BundleError
 
 from .config import RecogniserConfig
+from .engine_process import EngineLost, EngineProcess
 from .messages import SpeechChunk, Transcript
-from .protocol import Batch, Failed, Heard, Ready, Reply, Request, Start, ask, pair
+from .protocol import Batch, Heard
+
+__all__ = ["EngineCounters", "EngineLost", "Supervisor"]
 
 log = logging.getLogger(__name__)
-START_TIMEOUT_S = 120.0  # the first start on a slow device packs the weights
-# glibc keeps what was freed unless it was mapped by itself; buffers of the engine come and go by the megabyte.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 MAX_ATTEMPTS = 3  # then a segment that kills the engine is given up
 RESTART_MAX_S = 30.0
-
-
-class EngineLost(Exception):
-    """The engine process died, hung or could not start."""
+STOP_S = 1.0  # for what the engine is at when it is stopped
+PACE_NEWS_S = 5.0  # at least, between two events about the engine's pace
 
 
 class Pending(msgspec.Struct):
@@ -44,6 +40,7 @@ class Pending(msgspec.Struct):
     chunks: list[SpeechChunk]
     n_sent: int = 0
     n_lost: int = 0  # engines that were lost while they had it
+    has_final: bool = False  # on its way; it is too late to drop the segment
 
 
 class EngineCounters(msgspec.Struct):
@@ -52,59 +49,9 @@ class EngineCounters(msgspec.Struct):
     restarts: int = 0
     dropped_segments: int = 0
     failed_segments: int = 0
+    skipped_partials: int = 0  # for lack of time
     busy_s: float = 0.0  # processor seconds that the engine spent on speech
     speech_s: float = 0.0  # seconds of speech in finals
-
-
-class EngineProcess:
-    """A running engine and the connection to it."""
-
-    def __init__(self, bundle: Path, config: RecogniserConfig, cache_dir: Path) -> None:
-        self._connection, theirs = pair(config.reply_timeout_s)
-        with theirs:
-            command = [sys.executable, "-m", "agent.worker", str(theirs.fileno())]
-            environment = {**os.environ, **GIVE_BACK}
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-        self._start = Start(str(bundle.absolute()), str(cache_dir.absolute()), config)
-
-    def wait_ready(self) -> float:
-        """Seconds that loading took. Raises BundleError or EngineLost."""
-        reply = self.ask(self._start, START_TIMEOUT_S)
-        if isinstance(reply, Failed):
-            raise BundleError(reply.reason)
-        assert isinstance(reply, Ready), reply
-        return reply.load_s
-
-    def hear(self, batch: Batch, timeout_s: float) -> Heard:
-        """Raises EngineLost."""
-        reply = self.ask(batch, timeout_s)
-        if not isinstance(reply, Heard):
-            raise EngineLost(f"unexpected reply: {reply}")
-        return reply
-
-    def ask(self, request: Request, timeout_s: float) -> Reply:
-        """One request, one reply. Raises EngineLost."""
-        try:
-            reply = ask(self._connection, request, timeout_s)
-        except (EOFError, OSError):
-            raise EngineLost(f"it ended with status {self._status()}") from None
-        if reply is None:
-            raise EngineLost(f"no answer within {timeout_s:g} s")
-        return reply
-
-    def _status(self) -> int | None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(timeout=5)
-        return None
-
-    def close(self, timeout_s: float = 2.0) -> None:
-        """End it, by force if it does not end by itself."""
-        self._connection.close()
-        try:
-            self.process.wait(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 class Supervisor:
@@ -123,6 +70,9 @@ class Supervisor:
         self.counters = EngineCounters()
         self._pending: dict[tuple[int, int], Pending] = {}  # in the order of speech
         self._changed = threading.Condition()
+        self._is_live = True  # whoever hands in speech does not wait for the engine
+        self.hop_ms = self._told_hop_ms = float(config.hop_ms) if config.partials else None  # None: finals only
+        self._told_s = -math.inf
         self._stopping = False
         self._engine: EngineProcess | None = None
         self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
@@ -161,6 +111,7 @@ class Supervisor:
             if wait:
                 half = self._config.max_backlog_s * SAMPLE_RATE / 2
                 self._changed.wait_for(lambda: self._stopping or self._n_samples() <= half)
+            self._is_live = not wait
             self._pending.setdefault(chunk.key, Pending([])).chunks.append(chunk)
             self._bound_backlog()
             self._changed.notify_all()
@@ -168,14 +119,16 @@ class Supervisor:
     def _bound_backlog(self) -> None:
         """Past `max_backlog_s` the oldest whole segment goes: late words help less than present ones."""
         limit = self._config.max_backlog_s * SAMPLE_RATE
-        while len(self._pending) > 1 and self._n_samples() > limit:
-            key = next(iter(self._pending))
+        *older, _ = [key for key, pending in self._pending.items() if not pending.has_final]
+        while older and self._n_samples() > limit:
+            key = older.pop(0)
             del self._pending[key]
             self.counters.dropped_segments += 1
             self._on_event("speech_dropped", f"utterance {key[0]} segment {key[1]}: the engine is too far behind")
 
     def _n_samples(self) -> int:
-        return sum(len(chunk.samples) for pending in self._pending.values() for chunk in pending.chunks)
+        unfinished = (pending for pending in self._pending.values() if not pending.has_final)
+        return sum(len(chunk.samples) for pending in unfinished for chunk in pending.chunks)
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until every segment has its final; False if that took too long."""
@@ -187,8 +140,10 @@ class Supervisor:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(STOP_S)
+            if engine := self._engine:  # hung, or busy with what nobody waits for any more
+                engine.kill()
         if self._engine:
             self._engine.close()
 
@@ -211,26 +166,43 @@ class Supervisor:
                 return None
             unsent = [pending for pending in self._pending.values() if _unsent(pending)]
             n = 1 if unsent[0].n_lost else len(unsent)  # the segment that takes engines down goes without the others
-            return Batch([_take_unsent(pending) for pending in unsent[:n]])
+            return Batch([_take_unsent(pending) for pending in unsent[:n]], self._is_live)
 
     def _deliver(self, heard: Heard) -> None:
         self.counters.busy_s += heard.busy_s
+        self.counters.skipped_partials += heard.skipped
+        self.hop_ms = heard.hop_ms
         for transcript in heard.transcripts:
-            self._on_transcript(transcript)
-            if transcript.is_final:
+            if self._hand_on(transcript) and transcript.is_final:
                 self.counters.speech_s += (transcript.end - transcript.start) / SAMPLE_RATE
-                self._forget(transcript.key)
+        self._tell_pace()
 
-    def _forget(self, key: tuple[int, int]) -> None:
+    def _hand_on(self, transcript: Transcript) -> bool:
+        """Whether the transcript was wanted: a segment may have been dropped while it was being heard."""
         with self._changed:
-            self._pending.pop(key, None)
-            self._changed.notify_all()
+            pending = self._pending.get(transcript.key)
+            if pending is None:
+                return False
+            pending.has_final = transcript.is_final
+        self._on_transcript(transcript)
+        if transcript.is_final:
+            with self._changed:
+                del self._pending[transcript.key]
+                self._changed.notify_all()
+        return True
+
+    def _tell_pace(self) -> None:
+        """Report another hop, unless another one was reported just now."""
+        now_s = time.monotonic()
+        if self.hop_ms != self._told_hop_ms and now_s - self._told_s >= PACE_NEWS_S:
+            self._told_hop_ms, self._told_s = self.hop_ms, now_s
+            self._on_event("engine_pace", pace_news(self.hop_ms, self._config.hop_ms))
 
     def _lost(self, reason: str) -> None:
         """Put everything back to be sent again; give up what has now taken several engines down."""
         log.error("engine lost: %s", reason)
         if self._engine:
-            self._engine.process.kill()
+            self._engine.kill()
             self._engine.close()
             self._engine = None
         with self._changed:
@@ -244,23 +216,20 @@ class Supervisor:
 
     def _give_up(self, pending: Pending) -> None:
         first, last = pending.chunks[0], pending.chunks[-1]
-        self.counters.failed_segments += 1
-        self._on_transcript(
-            Transcript(
-                utterance=first.utterance,
-                segment=first.segment,
-                revision=0,
-                text="",
-                stable_chars=0,
-                start=first.start,
-                end=last.speech_end,
-                is_final=True,
-                language="",
-                continues=last.continues,
-                rejected="engine_failed",
-            )
+        failed = Transcript(
+            utterance=first.utterance,
+            segment=first.segment,
+            revision=0,
+            text="",
+            stable_chars=0,
+            start=first.start,
+            end=last.speech_end,
+            is_final=True,
+            language="",
+            continues=last.continues,
+            rejected="engine_failed",
         )
-        self._forget(first.key)
+        self.counters.failed_segments += self._hand_on(failed)
 
     def _restart(self) -> None:
         """Start another engine, with growing pauses while that fails."""
@@ -270,9 +239,11 @@ class Supervisor:
             try:
                 log.info("engine restarted in %.1f s", self._engine.wait_ready())
             except (BundleError, EngineLost) as error:
-                log.error("engine does not start: %s", error)  # noqa: TRY400 - the sentence says it
                 self._engine.close()
                 self._engine = None
+                if self._stopping:
+                    break
+                log.error("engine does not start: %s", error)  # noqa: TRY400 - the sentence says it
                 self._on_event("engine_not_starting", str(error))
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping, wait_s)
@@ -280,6 +251,14 @@ class Supervisor:
             else:
                 return
         raise EngineLost("stopped")
+
+
+def pace_news(hop_ms: float | None, configured_ms: float) -> str:
+    """The pace of partials in a sentence."""
+    if hop_ms is None:
+        return "the engine is too far behind for partials, finals go on"
+    state = "is behind" if hop_ms > configured_ms else "keeps up"
+    return f"the engine {state}: a partial every {hop_ms:g} ms of speech"
 
 
 def _unsent(pending: Pending) -> bool:

@@ -13,8 +13,9 @@ import psutil
 
 from whisperlet.audio import seconds
 
+from .clock import rfc3339
 from .messages import Kind
-from .payloads import CounterValues, Energy, Percentiles, Queues, TelemetryPayload, TranscriptPayload, rfc3339
+from .payloads import CounterValues, Energy, Percentiles, Queues, TelemetryPayload, TranscriptPayload
 
 WINDOW = 1000  # latencies kept for an interval; the oldest goes first
 
@@ -26,6 +27,11 @@ class Counters(msgspec.Struct):
     partials: int = 0
     events: int = 0
     engine_restarts: int = 0
+    skipped_partials: int = 0  # for lack of time
+    rejected_segments: int = 0  # by the gate
+    dropped_segments: int = 0  # from the backlog
+    failed_segments: int = 0  # whose final is empty since no engine survived them
+    failed_reports: int = 0  # of telemetry
     dropped_samples: int = 0  # of audio
     source_overflows: int = 0  # of the capture driver
 
@@ -69,8 +75,8 @@ class Telemetry:
             if transcript.end_to_final_ms is not None:
                 self._end_to_final_ms.append(transcript.end_to_final_ms)
 
-    def snapshot(self, delivery: Delivery, backlog_s: float) -> TelemetryPayload:
-        """Report the interval since the last snapshot, and begin another one."""
+    def snapshot(self, delivery: Delivery, backlog_s: float, hop_ms: float | None) -> TelemetryPayload:
+        """Report the interval since the last snapshot, and begin another one. `hop_ms` None: finals only."""
         now_s = time.monotonic()
         with self._lock:
             interval_s, self._since_s = now_s - self._since_s, now_s
@@ -85,6 +91,7 @@ class Telemetry:
             time_utc=rfc3339(time.time()),
             interval_s=round(interval_s, 3),
             real_time_factor=real_time_factor,
+            hop_ms=hop_ms,
             finalise_ms=finalise_ms,
             end_to_final_ms=end_to_final_ms,
             cpu_percent=round(100 * cpu_s / interval_s, 1) if interval_s > 0 else 0.0,

@@ -16,7 +16,7 @@ from whisperlet.errors import ConfigError
 from whisperlet.logmel import MAX_SAMPLES, LogMel
 from whisperlet.tokenizer import Tokenizer
 
-from . import decoding
+from . import decoding, rejection
 from .config import RecogniserConfig, checked_language
 from .decoding import Draft, Hypothesis
 from .engine import Engine
@@ -233,7 +233,7 @@ class Transcriber:
     def _transcript(self, segment: Segment, heard: Heard, end: int) -> Transcript:
         segment.revision += 1
         last, hypothesis = segment.last, heard.hypothesis
-        rejected = self._rejection(hypothesis)
+        rejected = rejection.reason(hypothesis, self.config) if last else None
         text = "" if rejected else self.tokenizer.text(hypothesis.tokens)
         stable = len(self.tokenizer.text(hypothesis.tokens[: heard.stable]))
         return Transcript(
@@ -256,11 +256,6 @@ class Transcriber:
             speech_end_monotonic_s=last.speech_end_monotonic_s if last else None,
             decided_monotonic_s=last.decided_monotonic_s if last else None,
         )
-
-    def _rejection(self, hypothesis: Hypothesis) -> str | None:
-        """Why the text is withheld: the model itself doubts that there was speech."""
-        silent = hypothesis.no_speech_prob > self.config.no_speech_threshold
-        return "no_speech" if silent and hypothesis.avg_logprob < self.config.logprob_threshold else None
 
 
 def _unscored(draft: Draft) -> Hypothesis:

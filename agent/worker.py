@@ -12,17 +12,21 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
+from whisperlet.audio import samples, seconds
 from whisperlet.bundle import Bundle, open_bundle
 from whisperlet.errors import WhisperletError
 
 from . import transcriber
+from .config import RecogniserConfig
 from .engine import load_engine
-from .messages import Transcript
+from .messages import SpeechChunk, Transcript
+from .pace import Pace
 from .protocol import Batch, Failed, Heard, Ready, Start, receive_request, send
 from .quiet import quiet_stderr
 
@@ -42,15 +46,106 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def hear(ready: transcriber.Transcriber, batch: Batch) -> list[Transcript]:
-    """Finals of the segments that end in the batch, then a partial of the one that goes on."""
-    transcripts = []
-    for chunk in batch.chunks:
-        ready.feed(chunk)
-        if chunk.is_last:
-            transcripts.append(ready.finish())
-    partial = ready.step()
-    return [*transcripts, partial] if partial else transcripts
+class Listener:
+    """A transcriber that makes its partials at the pace that the machine can keep, and each of its finals."""
+
+    def __init__(
+        self, ready: transcriber.Transcriber, config: RecogniserConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._transcriber, self._clock = ready, clock
+        self._pace = Pace(config.hop_ms) if config.partials else None
+        self._missed = Missed(samples(config.hop_ms))
+        self._n_fresh = 0  # samples since the last partial
+        self._key = (0, 0)
+        self._busy_s, self._rested_s = 0.0, clock()  # how long the last batch took, and when it was done
+
+    def hear(self, batch: Batch) -> Heard:
+        """Finals of the segments that end in the batch, then perhaps a partial of the one that goes on."""
+        began_s, began_cpu_s = self._clock(), time.process_time()
+        new_s = seconds(sum(len(chunk.samples) for chunk in batch.chunks))
+        waited_s = self._waited_s(new_s, began_s) if batch.is_live else 0.0
+        if self._pace:
+            self._pace.find(waited_s)
+        transcripts, n_missed = [], 0
+        for chunk in batch.chunks:
+            self._feed(chunk)
+            if chunk.is_last:
+                transcripts.append(self._transcriber.finish())
+                n_missed += self._missed.at_end(waited_s)
+        if partial := self._step(new_s):
+            transcripts.append(partial)
+        is_slowed = self._pace is not None and self._pace.is_slowed
+        n_missed += self._missed.at_step(waited_s, is_made=partial is not None, is_slowed=is_slowed)
+        self._rested_s = self._clock()
+        self._busy_s = self._rested_s - began_s
+        busy_cpu_s = time.process_time() - began_cpu_s
+        return Heard(transcripts, busy_cpu_s, self._pace.hop_ms if self._pace else None, n_missed if self._pace else 0)
+
+    def _waited_s(self, new_s: float, now_s: float) -> float:
+        """How much of the new speech came while the last batch was being heard, and so had to wait.
+
+        The rest came later, or at once: the gate holds an utterance back until it is sure of it.
+        """
+        return min(max(0.0, new_s - (now_s - self._rested_s)), self._busy_s)
+
+    def _feed(self, chunk: SpeechChunk) -> None:
+        if chunk.key != self._key:
+            self._key, self._n_fresh = chunk.key, 0
+            self._missed.begin(chunk.start)
+        self._n_fresh += len(chunk.samples)
+        self._missed.feed(chunk)
+        self._transcriber.feed(chunk)
+
+    def _step(self, new_s: float) -> Transcript | None:
+        if self._pace is None:
+            return self._transcriber.step()
+        hop_ms = self._pace.hop_ms
+        if hop_ms is None:
+            self._pace.observe(0.0, new_s)  # nor is a final heard in advance, which would often be in vain
+            return None
+        began_s = self._clock()
+        partial = self._transcriber.step(hop_ms)
+        if partial:
+            self._pace.observe(self._clock() - began_s, seconds(self._n_fresh))
+            self._n_fresh = 0
+        return partial
+
+
+class Missed:
+    """Counts the partials of the configured hop that there was no time for. Mutable; `begin` for each segment."""
+
+    def __init__(self, n_hop: int) -> None:
+        self._n_hop = n_hop
+        self.begin(0)
+
+    def begin(self, start: int) -> None:
+        """Nothing of the segment that starts there is late."""
+        self._voiced_end = start
+        self._n_due = 0  # samples of speech for which no partial was made or missed yet
+
+    def feed(self, chunk: SpeechChunk) -> None:
+        """Take note of speech; the silence after it needs no partial."""
+        end = chunk.start + len(chunk.samples) if chunk.voiced_end is None else chunk.voiced_end
+        end = max(chunk.speech_end if chunk.is_last else end, self._voiced_end)
+        self._n_due += end - self._voiced_end
+        self._voiced_end = end
+
+    def at_step(self, waited_s: float, *, is_made: bool, is_slowed: bool) -> int:
+        """Partials that were missed up to a moment when one could be made."""
+        if self._n_due < self._n_hop:
+            self._n_due = 0 if is_made else self._n_due
+            return 0
+        if not is_made and not is_slowed:  # the transcriber had no news
+            self._n_due = 0
+            return 0
+        n_late = min(self._n_due - self._n_hop, samples(1e3 * waited_s))  # what came at once is not late
+        n_missed, self._n_due = divmod(n_late, self._n_hop)
+        return n_missed + (not is_made)
+
+    def at_end(self, waited_s: float) -> int:
+        """Partials that were missed since then, when the segment has ended."""
+        n_missed, self._n_due = min(self._n_due, samples(1e3 * waited_s)) // self._n_hop, 0
+        return n_missed
 
 
 def serve(connection: Connection) -> None:
@@ -66,12 +161,11 @@ def serve(connection: Connection) -> None:
         send(connection, Failed(str(error)))
         return
     send(connection, Ready(time.monotonic() - began))
+    listener = Listener(ready, start.config)
     while True:
         batch = receive_request(connection)
         assert isinstance(batch, Batch), batch
-        began = time.process_time()
-        transcripts = hear(ready, batch)
-        send(connection, Heard(transcripts, time.process_time() - began))
+        send(connection, listener.hear(batch))
 
 
 def main() -> None:

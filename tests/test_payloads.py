@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from agent import payloads
+from agent.clock import Clock, rfc3339
 from agent.messages import Kind, Transcript
-from agent.payloads import Clock
 
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schema"
 NOON = 1_738_324_800.0  # 2025-01-31 12:00:00 UTC
@@ -33,9 +33,10 @@ FINAL = msgspec.structs.replace(HEARD, is_final=True, revision=3)
 def telemetry(**changes):
     example = payloads.TelemetryPayload(
         session="s1",
-        time_utc=payloads.rfc3339(NOON),
+        time_utc=rfc3339(NOON),
         interval_s=30.0,
         real_time_factor=None,
+        hop_ms=None,
         finalise_ms=payloads.Percentiles(p50=None, p95=None),
         end_to_final_ms=payloads.Percentiles(p50=700.0, p95=900.5),
         cpu_percent=12.5,
@@ -49,6 +50,11 @@ def telemetry(**changes):
             dropped_messages={"partial": 2},
             refused_messages=0,
             engine_restarts=0,
+            skipped_partials=3,
+            rejected_segments=0,
+            dropped_segments=0,
+            failed_segments=0,
+            failed_reports=0,
             reconnects=0,
             dropped_samples=0,
             source_overflows=0,
@@ -61,7 +67,7 @@ def telemetry(**changes):
 def info(bundle):
     return payloads.InfoPayload(
         session="s1",
-        started_utc=payloads.rfc3339(NOON),
+        started_utc=rfc3339(NOON),
         versions=payloads.versions("ai-edge-litert"),
         bundle=bundle,
         capabilities=["partials"],
@@ -80,7 +86,9 @@ EXAMPLES = [
     payloads.final_payload(msgspec.structs.replace(FINAL, text="", rejected="no_speech"), CLOCK, "s1", 103.0),
     payloads.event_payload("s1", "engine_restarted", "killed by signal 9"),
     telemetry(),
-    telemetry(real_time_factor=0.1, temperature_c=51.5, energy=payloads.Energy(joules=60.0, source="rapl")),
+    telemetry(
+        real_time_factor=0.1, hop_ms=600.0, temperature_c=51.5, energy=payloads.Energy(joules=60.0, source="rapl")
+    ),
 ]
 
 

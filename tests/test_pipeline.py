@@ -1,20 +1,32 @@
-"""The whole agent as a process: real bundle, real broker, real speech."""
+"""The whole agent: as a process with real bundle, broker and speech; in this process with a stub of an engine."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import soundfile
+import toy
 from brokers import Broker, Subscriber, needs_mosquitto, wait_for
+from ears import workers
+from test_worker_process import replace_engine
 
+from agent import pipeline as pipelines
+from agent.audio_files import read_file
+from agent.config import Config, MqttConfig, RecogniserConfig, TelemetryConfig
+from agent.messages import AudioChunk
+from agent.pipeline import Pipeline
+from agent.sources import SourceCounters, paced
 from whisperlet.audio import SAMPLE_RATE
+from whisperlet.errors import AudioError, BundleError
 
-pytestmark = [pytest.mark.bundle, needs_mosquitto]
+pytestmark = needs_mosquitto
 DEVICE = "kiosk"
 
 
@@ -48,6 +60,7 @@ def named(clips, stem):
     return next(path for path in clips if path.stem == stem)
 
 
+@pytest.mark.bundle
 def test_words_arrive_while_and_after_they_are_spoken(run, broker, clips):
     with Subscriber(broker.port) as heard:
         agent = run(named(clips, "61-70968-0000"), "--pace")
@@ -71,6 +84,7 @@ def test_words_arrive_while_and_after_they_are_spoken(run, broker, clips):
     assert telemetry[-1]["counters"]["dropped_samples"] == 0
 
 
+@pytest.mark.bundle
 def test_an_engine_killed_in_the_middle_costs_no_word(run, broker, clips):
     with Subscriber(broker.port) as heard:
         agent = run(named(clips, "1995-1837-0001"), "--pace")
@@ -84,6 +98,7 @@ def test_an_engine_killed_in_the_middle_costs_no_word(run, broker, clips):
     assert "the dreams" in final["text"]
 
 
+@pytest.mark.bundle
 def test_a_broker_that_comes_late_gets_every_final(run, broker, clips):
     broker.kill()
     agent = run(named(clips, "1089-134691-0000"), "--pace")
@@ -94,6 +109,7 @@ def test_a_broker_that_comes_late_gets_every_final(run, broker, clips):
         assert wait_for(lambda: heard.on("transcript/final"))[0]["text"] == "He could wait no longer."
 
 
+@pytest.mark.bundle
 def test_a_signal_ends_it_in_good_order(run, broker, clips):
     with Subscriber(broker.port) as heard:
         agent = run(clips[0].parent, "--pace")
@@ -104,6 +120,7 @@ def test_a_signal_ends_it_in_good_order(run, broker, clips):
         assert heard.on("transcript/final"), "what had been said by then was lost"
 
 
+@pytest.mark.bundle
 @pytest.mark.parametrize("kind", ["silence", "hiss", "hum"])
 def test_no_words_without_speech(run, broker, tmp_path, kind):
     random = np.random.default_rng(1)
@@ -116,3 +133,159 @@ def test_no_words_without_speech(run, broker, tmp_path, kind):
         assert run(folder).wait(60) == 0
         wait_for(lambda: len(heard.on("status")) == 2)
     assert [final["text"] for final in heard.on("transcript/final") if final["text"]] == []
+
+
+class Talk:
+    """A clip again and again, until it is closed or fails."""
+
+    def __init__(self, clip):
+        self.counters = SourceCounters()
+        self.fails = False
+        self._pcm = read_file(clip)
+        self._closed = threading.Event()
+
+    def __iter__(self):
+        start = 0
+        while not self._closed.is_set():
+            for samples in np.array_split(self._pcm, len(self._pcm) // 320):
+                yield AudioChunk(samples, start, time.monotonic())
+                start += len(samples)
+                if self.fails:
+                    raise AudioError("the microphone is on fire")
+                if self._closed.is_set():
+                    return
+
+    def close(self):
+        self._closed.set()
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path, broker, clips):
+    """A pipeline with a stub of an engine, told what to do by files in `tmp_path`."""
+    replace_engine(monkeypatch, tmp_path)
+    monkeypatch.setattr(pipelines, "DRAIN_S", 0.5)
+    bundle = SimpleNamespace(path=tmp_path / "no.tflite", manifest=toy.make_manifest(), sha256="0" * 64)
+    config = Config(
+        mqtt=MqttConfig(url=f"mqtt://127.0.0.1:{broker.port}", device=DEVICE),
+        telemetry=TelemetryConfig(interval_s=0.1),
+        recogniser=RecogniserConfig(reply_timeout_s=60),
+    )
+    made = []
+
+    def make():
+        made.append(Pipeline(config, bundle, lambda _on_event: paced(Talk(named(clips, "1995-1837-0001"))), tmp_path))
+        return made[-1]
+
+    yield make
+    for pipeline in made:  # if the test did not
+        pipeline.source._source.close()
+
+
+def started(pipeline):
+    """Run it in a thread; what it raised, as a list."""
+    raised = []
+
+    def run():
+        try:
+            pipeline.run(realtime=True)
+        except (AudioError, BundleError) as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="ear")
+    thread.start()
+    return thread, raised
+
+
+STOP_S = 15.0  # at most; an engine that hangs would be waited for for longer
+
+
+@pytest.mark.parametrize("state", ["hearing", "hung", "dead", "refusing", "failing", "no broker"])
+def test_it_starts_and_stops_again_and_again_and_leaves_nothing(make, broker, tmp_path, state):
+    before = set(threading.enumerate())
+    for _ in range(3):
+        pipeline = make()
+        if state == "refusing":
+            (tmp_path / "refuse").touch()
+        if state == "no broker":
+            broker.kill()
+        thread, raised = started(pipeline)
+        if state != "refusing":
+            wait_for(lambda p=pipeline: p.telemetry.counters.partials, 30)
+        if state == "hung":
+            os.kill(pipeline.supervisor.pid, signal.SIGSTOP)
+        if state == "dead":
+            (tmp_path / "refuse").touch()
+            os.kill(pipeline.supervisor.pid, signal.SIGKILL)
+            wait_for(lambda p=pipeline: p.supervisor.pid is None)
+        pipeline.source._source.fails = state == "failing"
+        if state not in {"refusing", "failing"}:
+            pipeline.stop()
+        thread.join(STOP_S)
+        assert not thread.is_alive()
+        assert set(threading.enumerate()) == before
+        assert not workers()
+        assert [type(error) for error in raised] == {"refusing": [BundleError], "failing": [AudioError]}.get(state, [])
+        (tmp_path / "refuse").unlink(missing_ok=True)
+
+
+def test_a_stage_that_cannot_be_stopped_does_not_keep_the_others_running(make, monkeypatch):
+    before = set(threading.enumerate())
+    pipeline = make()
+    thread, raised = started(pipeline)
+    wait_for(lambda: pipeline.telemetry.counters.partials)
+
+    def close(plain=pipeline.source.close):
+        plain()
+        raise AudioError("it is stuck")
+
+    monkeypatch.setattr(pipeline.source, "close", close)
+    pipeline.source._source.close()
+    thread.join(STOP_S)
+    assert set(threading.enumerate()) == before
+    assert [str(error) for error in raised] == ["it is stuck"]
+
+
+def test_a_report_that_fails_is_counted_and_the_next_one_comes(make, broker, monkeypatch, caplog):
+    pipeline = make()
+    beats = []
+    monkeypatch.setattr(
+        pipeline._notifier, "watchdog", lambda: beats.append(pipeline.telemetry.counters.failed_reports)
+    )
+
+    def failing(*args, plain=pipeline.telemetry.snapshot):
+        if pipeline.telemetry.counters.failed_reports < 2:
+            raise OSError("no such sensor")
+        return plain(*args)
+
+    monkeypatch.setattr(pipeline.telemetry, "snapshot", failing)
+    with Subscriber(broker.port) as heard:
+        thread, _ = started(pipeline)
+        reports = wait_for(lambda: heard.on("telemetry"))
+        pipeline.stop()
+        thread.join(STOP_S)
+    assert reports[0]["counters"]["failed_reports"] == 2
+    assert {0, 1, 2} <= set(beats)
+    assert "no such sensor" in caplog.text
+
+
+def test_telemetry_tells_what_the_stages_counted(make):
+    pipeline = make()
+    engine, gate, source = pipeline.supervisor, pipeline.gate, pipeline.source
+    counters = engine.counters
+    counters.restarts, counters.skipped_partials, counters.dropped_segments, counters.failed_segments = 1, 2, 3, 4
+    gate.n_rejected, source.counters.dropped_samples, source.counters.overflows = 5, 6, 7
+    published = []
+    pipeline._publish = published.append
+    for hop_ms in (600.0, None):
+        engine.hop_ms = hop_ms
+        pipeline._publish_telemetry()
+    found = published[0].counters
+    assert (found.engine_restarts, found.skipped_partials, found.dropped_segments, found.failed_segments) == (
+        1,
+        2,
+        3,
+        4,
+    )
+    assert (found.rejected_segments, found.dropped_samples, found.source_overflows) == (5, 6, 7)
+    assert [report.hop_ms for report in published] == [600.0, None]
+    pipeline.publisher.stop(0)

@@ -2,20 +2,17 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-import toy
 from brokers import wait_for
-from ears import NOISE, STUB, Ear, checksum, heard, is_gone, links, workers
+from ears import NOISE, Ear, checksum, heard, is_gone, links, workers
+from test_worker_process import replace_engine
 
+from agent import engine_process
 from agent import supervisor as supervisors
-from agent import transcriber
-from agent.config import RecogniserConfig
 from agent.supervisor import EngineLost
 from whisperlet.errors import BundleError
 
@@ -37,14 +34,7 @@ def start(weight_caches):
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """A folder in which files tell the stub what to do."""
-    plain = subprocess.Popen
-
-    def popen(command, **kwargs):
-        assert command[1:3] == ["-m", "agent.worker"]
-        return plain([command[0], "-c", STUB, *command[3:]], **kwargs)
-
-    monkeypatch.setenv("STUB", str(tmp_path))
-    monkeypatch.setattr(supervisors.subprocess, "Popen", popen)
+    replace_engine(monkeypatch, tmp_path)
     return tmp_path
 
 
@@ -154,6 +144,44 @@ def test_too_much_speech_for_a_stuck_engine(start, stub):
     assert (2, 0) not in ear.finals
 
 
+def test_no_final_comes_after_a_segment_was_dropped(start, stub):
+    """Its audio was with the engine already when there was too much of it."""
+    ear = start(stub / "no.tflite", max_backlog_s=30)
+    (stub / "wait 1").touch()
+    ear.say(NOISE[:160_000], 1)
+    wait_for(lambda: not supervisors._unsent(ear.engine._pending[1, 0]))
+    for utterance in (2, 3, 4):
+        ear.say(NOISE[:160_000], utterance)
+    assert [name for name, _ in ear.events] == ["speech_dropped"]
+    (stub / "wait 1").unlink()
+    ear.hear_all()
+    assert list(ear.finals) == [(2, 0), (3, 0), (4, 0)]
+    assert ear.engine.counters.speech_s == 30
+
+
+def test_a_segment_whose_final_is_there_is_not_dropped(start, stub):
+    """Nor does it take room: what comes while its final is handed on may stay."""
+    ear = start(stub / "no.tflite", max_backlog_s=30)
+    is_busy, may_go_on = threading.Event(), threading.Event()
+
+    def hand_on(transcript):
+        ear.transcripts.append(transcript)
+        is_busy.set()
+        may_go_on.wait(10)
+
+    ear.engine._on_transcript = hand_on
+    ear.say(NOISE[:160_000], 1)
+    assert is_busy.wait(10)
+    for utterance in (2, 3, 4):
+        ear.say(NOISE[:160_000], utterance)
+    assert ear.events == []
+    ear.say(NOISE[:160_000], 5)
+    may_go_on.set()
+    ear.hear_all()
+    assert list(ear.finals) == [(n, 0) for n in (1, 3, 4, 5)]
+    assert ear.engine.counters.dropped_segments == 1
+
+
 def test_a_single_long_segment_is_not_dropped(start, stub):
     ear = start(stub / "no.tflite", max_backlog_s=30)
     (stub / "wait 1").touch()
@@ -211,9 +239,9 @@ def test_an_engine_that_does_not_start_again_at_once(ear, stub):
     assert heard(ear.finals[1, 0])[:2] == checksum(NOISE[:2000])
 
 
-@pytest.mark.parametrize("state", ["idle", "busy", "dead", "refusing"])
+@pytest.mark.parametrize("state", ["idle", "busy", "dead", "refusing", "hung", "deaf"])
 def test_stop_leaves_nothing(start, stub, state):
-    ear = start(stub / "no.tflite", reply_timeout_s=2)
+    ear = start(stub / "no.tflite", reply_timeout_s=60)
     pids = [ear.engine.pid]
     if state == "busy":
         (stub / "wait 1").touch()
@@ -221,8 +249,10 @@ def test_stop_leaves_nothing(start, stub, state):
         (stub / "refuse").touch()
     if state in {"dead", "refusing"}:
         os.kill(ear.engine.pid, signal.SIGKILL)
+    if state in {"hung", "deaf"}:
+        os.kill(ear.engine.pid, signal.SIGSTOP)
     if state != "idle":
-        ear.say(NOISE[:1000], ends=False)
+        ear.say(NOISE if state == "deaf" else NOISE[:1000], ends=False)  # so much is not even taken
         time.sleep(0.2)
         pids.append(ear.engine.pid)
     assert links()
@@ -250,51 +280,6 @@ def test_a_broken_bundle(start, tmp_path, toy_path):
 
 
 def test_an_engine_that_dies_at_its_first_start(start, monkeypatch, tmp_path):
-    monkeypatch.setattr(supervisors.sys, "executable", "/bin/false")
+    monkeypatch.setattr(engine_process.sys, "executable", "/bin/false")
     with pytest.raises(EngineLost, match="it ended with status 1"):
         start(tmp_path / "any.tflite")
-
-
-def test_the_toy_says_what_it_says_in_this_process(start, toy_path, toy_bundle, litert):
-    """Through both pipes and after a restart: not a letter less."""
-    ears = transcriber.build(toy_bundle, litert, RecogniserConfig())
-    clips = [toy.babble(1.0 + 0.5 * seed, seed) for seed in range(3)]
-    expected = {}
-    for number, pcm in enumerate(clips, 1):
-        ears.feed(transcriber.whole(pcm, number))
-        expected[number, 0] = ears.finish()
-    ear = start(toy_path)
-    for number, pcm in enumerate(clips, 1):
-        ear.say(pcm[:8000], number, pieces=4, ends=False)
-        if number == 2:
-            wait_for(lambda: [t for t in ear.transcripts if t.utterance == 2])
-            os.kill(ear.engine.pid, signal.SIGKILL)
-        ear.say(pcm[8000:], number, pieces=4, first=8000)
-    ear.hear_all(30)
-    for key, final in expected.items():
-        assert ear.finals[key].text == final.text
-        assert (ear.finals[key].end, ear.finals[key].n_tokens) == (final.end, final.n_tokens)
-    assert len({final.text for final in expected.values()}) == 3
-    assert ear.engine.counters.restarts == 1
-    assert any(not t.is_final for t in ear.transcripts)
-
-
-ORPHANING = """
-import sys, time
-from pathlib import Path
-from agent.config import RecogniserConfig
-from agent.supervisor import Supervisor
-engine = Supervisor(Path(sys.argv[1]), RecogniserConfig(), Path(sys.argv[2]), print, print)
-engine.start()
-print(engine.pid, flush=True)
-time.sleep(60)
-"""
-
-
-def test_the_engine_ends_with_the_ear(toy_path, weight_caches):
-    command = [sys.executable, "-c", ORPHANING, str(toy_path), str(weight_caches)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ear:
-        engine = int(ear.stdout.readline())
-        assert not is_gone(engine)
-        ear.kill()
-    wait_for(lambda: is_gone(engine))

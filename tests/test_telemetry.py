@@ -8,9 +8,10 @@ import msgspec
 import psutil
 import pytest
 
+from agent.clock import Clock
 from agent.health import Heartbeat, Notifier
 from agent.messages import Kind, Transcript
-from agent.payloads import Clock, Energy, final_payload, partial_payload
+from agent.payloads import Energy, final_payload, partial_payload
 from agent.power import RaplMeter
 from agent.telemetry import WINDOW, Delivery, Telemetry, Usage, percentiles, temperature_c
 
@@ -32,28 +33,30 @@ def telemetry():
 def test_snapshot_covers_an_interval(telemetry):
     telemetry.add(partial_payload(HEARD, CLOCK, "s"))
     telemetry.add(final(40.0))
-    snapshot = telemetry.snapshot(DELIVERY, backlog_s=1.5)
+    snapshot = telemetry.snapshot(DELIVERY, backlog_s=1.5, hop_ms=300.0)
     assert snapshot.real_time_factor == pytest.approx(0.3 / 2.0)  # both cost 150 ms, for 2 s of speech
     assert (snapshot.finalise_ms.p50, snapshot.end_to_final_ms.p50) == (40.0, None)
-    assert (snapshot.queues.outbox_messages, snapshot.queues.backlog_s) == (4, 1.5)
-    after = telemetry.snapshot(DELIVERY, backlog_s=0.0)
+    assert (snapshot.queues.outbox_messages, snapshot.queues.backlog_s, snapshot.hop_ms) == (4, 1.5, 300.0)
+    after = telemetry.snapshot(DELIVERY, backlog_s=0.0, hop_ms=None)
     assert (after.real_time_factor, after.finalise_ms.p50, after.finalise_ms.p95) == (None, None, None)
     assert after.interval_s < 5
+    assert after.hop_ms is None
     assert (after.counters.finals, after.counters.partials) == (1, 1)  # these go on
 
 
 def test_counters_come_from_everywhere(telemetry):
     telemetry.counters.engine_restarts += 1
     telemetry.counters.dropped_samples += 320
-    counters = telemetry.snapshot(DELIVERY, 0.0).counters
-    assert (counters.engine_restarts, counters.dropped_samples) == (1, 320)
+    telemetry.counters.skipped_partials += 7
+    counters = telemetry.snapshot(DELIVERY, 0.0, None).counters
+    assert (counters.engine_restarts, counters.dropped_samples, counters.skipped_partials) == (1, 320, 7)
     assert counters.dropped_messages == {"final": 1, "partial": 2}
     assert (counters.refused_messages, counters.reconnects) == (3, 5)
 
 
 def test_energy_is_what_the_meter_says():
     spent = Energy(joules=1.0, source="rapl")
-    assert Telemetry("s", energy=lambda: spent).snapshot(DELIVERY, 0.0).energy == spent
+    assert Telemetry("s", energy=lambda: spent).snapshot(DELIVERY, 0.0, None).energy == spent
 
 
 def test_latency_windows_are_bounded(telemetry):
