@@ -59,7 +59,6 @@ class RecogniserConfig(Section, frozen=True):
     silence_frames: Annotated[int, msgspec.Meta(ge=0, le=1000)] | None = None  # None: as measured for the language
     no_speech_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6
     logprob_threshold: Annotated[float, msgspec.Meta(le=0)] = -1.0
-    least_logprob: Annotated[float, msgspec.Meta(le=0)] = -1.6  # text that is less likely is withheld in any case
     reply_timeout_s: Annotated[float, msgspec.Meta(ge=1, le=600)] = 20.0  # then the engine is restarted
     max_backlog_s: Annotated[float, msgspec.Meta(ge=30, le=3600)] = 120.0  # speech kept for an engine that is behind
 

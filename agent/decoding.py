@@ -152,7 +152,14 @@ class Draft(msgspec.Struct, frozen=True):
 
 
 def follow(
-    decoder: Decoder, vocabulary: Vocabulary, prompt: Sequence[int], draft: Draft, *, frontier: int, limit: int, block: int
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    prompt: Sequence[int],
+    draft: Draft,
+    *,
+    frontier: int,
+    limit: int,
+    block: int,
 ) -> Draft:
     """Go on from what was heard before, without decoding any of it again.
 
