@@ -171,6 +171,9 @@ def follow(
     known = [*prompt, *draft.stable]
     decoder.position = min(decoder.position, len(known) - 1)
     known, proposal = known[decoder.position :], draft.unstable[:block]
+    if len(known) + len(proposal) > block and len(known) > 1:  # others used the decoder: it has to read all again
+        decoder.decode(known[:-1])
+        known = known[-1:]
     tokens, looks = list(draft.stable), list[int]()
     n_agreed: int | None = None
     while True:

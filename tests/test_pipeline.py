@@ -1,5 +1,6 @@
 """The whole agent: as a process with real bundle, broker and speech; in this process with a stub of an engine."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -78,7 +79,8 @@ def test_words_arrive_while_and_after_they_are_spoken(run, broker, clips):
     ]
     assert len(partials) >= 3
     assert partials[0]["revision"] < finals[0]["revision"]
-    assert finals[0]["text"].startswith(partials[-1]["text"][: partials[-1]["stable_chars"]])
+    for partial, later in itertools.pairwise(partials):  # the final, which hears all, may still correct stable text
+        assert later["text"].startswith(partial["text"][: partial["stable_chars"]])
     assert finals[0]["finalise_ms"] < finals[0]["end_to_final_ms"]
     assert telemetry[-1]["counters"]["finals"] == 1
     assert telemetry[-1]["counters"]["dropped_samples"] == 0
