@@ -89,7 +89,7 @@ class Transcriber:
         segment = self._segment
         segment.logmel.feed(to_float32(chunk.samples))
         if chunk.voiced_end is not None:
-            segment.voiced_end = chunk.voiced_end - segment.start
+            segment.voiced_end = max(0, chunk.voiced_end - segment.start)  # before a cut may lie all that was voiced
         if chunk.is_last:
             segment.last = chunk
 
@@ -108,7 +108,7 @@ class Transcriber:
 
     def _pauses(self, segment: Segment) -> bool:
         silent = 0 if segment.voiced_end is None else segment.logmel.n_samples - segment.voiced_end
-        return silent >= samples(self.config.settle_ms)
+        return silent > 0 and silent >= samples(self.config.settle_ms)
 
     def _hear_in_advance(self, segment: Segment) -> None:
         """The final as it will be if nothing follows; thrown away if something does."""
