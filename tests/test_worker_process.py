@@ -133,11 +133,11 @@ def test_the_toy_says_what_it_says_in_this_process(toy_path, toy_bundle, litert,
     ear = Ear(toy_path, weight_caches)
     ear.engine.start()
     for number, pcm in enumerate(clips, 1):
-        ear.say(pcm[:8000], number, pieces=4, ends=False)
+        ear.say(pcm[:12_000], number, pieces=4, ends=False)  # enough for a partial
         if number == 2:
             wait_for(lambda: [t for t in ear.transcripts if t.utterance == 2])
             os.kill(ear.engine.pid, signal.SIGKILL)
-        ear.say(pcm[8000:], number, pieces=4, first=8000)
+        ear.say(pcm[12_000:], number, pieces=4, first=12_000)
     ear.hear_all(30)
     for key, final in expected.items():
         assert ear.finals[key].text == final.text
