@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from agent.supervisor import EngineLost
+from agent.engine_process import EngineLost
 from whisperlet.errors import ConfigError, WhisperletError
 
 from .base import CONSOLE, Context, default_speech

@@ -18,9 +18,10 @@ import psutil
 
 from agent.config import RecogniserConfig, VadConfig, default_cache_dir
 from agent.confirm import ConfirmedGate
+from agent.engine_process import EngineProcess
 from agent.messages import AudioChunk, SpeechChunk, Transcript
 from agent.protocol import Batch
-from agent.supervisor import EngineProcess, Supervisor
+from agent.supervisor import Supervisor
 from agent.vad import segments
 from convert.machine import peak_rss_mb
 from whisperlet.audio import Pcm16, samples, seconds
@@ -104,7 +105,7 @@ class Stepped:
     def ask(self, chunk: SpeechChunk) -> list[Message]:
         """What the engine says to a chunk, at the time of its last sample."""
         at_s = seconds(chunk.start + len(chunk.samples))
-        heard = self._engine.hear(Batch([chunk]), self._timeout_s)
+        heard = self._engine.hear(Batch([chunk], is_live=False), self._timeout_s)
         return [Message(at_s, transcript) for transcript in heard.transcripts]
 
     def hear(self, chunks: Iterable[SpeechChunk]) -> list[Message]:
