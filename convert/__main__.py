@@ -74,6 +74,8 @@ def distil(
     out: Annotated[Path, typer.Option(help="The adapter, NAME.safetensors; its record goes beside it.")],
     steps: Annotated[int | None, typer.Option(min=1, help="How many; by default what was found to suffice.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    start: Annotated[Path | None, typer.Option(help="An adapter to train on, instead of a new one.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate at its peak.")] = None,
 ) -> None:
     """Teach a checkpoint's encoder to stream. Interrupted, it goes on from its last checkpoint."""
     from . import distil as distilling
@@ -82,9 +84,11 @@ def distil(
 
     distilling.check_target(out)
     settings = distilling.Settings(seed=seed)
-    settings = msgspec.structs.replace(settings, steps=steps or settings.steps)
+    settings = msgspec.structs.replace(
+        settings, steps=steps or settings.steps, learning_rate=rate or settings.learning_rate
+    )
     sources = [Source.parse(text) for text in audio]
-    record = distilling.distil(model.load(source), sources, settings, out, tables.BARS)
+    record = distilling.distil(model.load(source), sources, settings, out, tables.BARS, start)
     tables.show_training(record, tables.CONSOLE)
 
 

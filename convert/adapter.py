@@ -81,7 +81,13 @@ def find(name_or_path: str) -> Path:
 
 
 def merge(encoder: Any, path: Path, source_sha256: str) -> None:
-    """Add a stored adapter to the encoder's own matrices. Raises ModelError if it was made for another checkpoint."""
+    """Add a stored adapter to the encoder's own matrices. Raises ModelError as `put` does."""
+    put(encoder, path, source_sha256)
+    _unload(encoder)
+
+
+def put(encoder: Any, path: Path, source_sha256: str) -> tuple[int, int]:
+    """Attach a stored adapter; its rank and alpha. Raises ModelError if it was made for another checkpoint."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -97,7 +103,7 @@ def merge(encoder: Any, path: Path, source_sha256: str) -> None:
     if _shapes(tensors) != _shapes(state(encoder)):
         raise ModelError(f"{path}: is damaged: its tensors are not those of this checkpoint's encoder")
     restore(encoder, tensors)
-    _unload(encoder)
+    return rank, alpha
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

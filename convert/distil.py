@@ -7,6 +7,7 @@ squared error of the student's frames relative to the teacher's energy; nobody n
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from whisperlet.errors import ConfigError, ModelError
 
-from . import adapter, streaming
+from . import adapter, losses, streaming
 from .corpus import Corpus, Source
 from .machine import describe
 from .model import Checkpoint
@@ -47,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     chunks: tuple[int, ...] = (15, 15, 15, 20, 25, 45)  # C is drawn from these ...
     overlaps: tuple[int, ...] = (10, 20, 40, 40, 75)  # ... and R from these
     padding: int = 32  # frames of silence after a step's own
-    context: int = 512  # committed frames that a step looks back on
+    context: int = 510  # committed frames that a step looks back on
     silence: tuple[int, int] = (48, 128)  # after an utterance, for the student: drawn between the two
     teacher_silence: int = 256
     tail_weight: float = 0.25  # of the frames that are not committed yet
@@ -72,6 +73,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     source_sha256: str
     data: list[dict[str, Any]]
+    start: dict[str, Any] | None = None  # the adapter that was trained on: its file, SHA-256 and record
     settings: Settings
     curve: list[Point]
     seconds: float
@@ -81,11 +83,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 class Training:
     """Everything that a run carries from step to step, and how it is saved."""
 
-    def __init__(self, checkpoint: Checkpoint, corpus: Corpus, settings: Settings) -> None:
+    def __init__(self, checkpoint: Checkpoint, corpus: Corpus, settings: Settings, start: Path | None = None) -> None:
         self.checkpoint, self.corpus, self.settings = checkpoint, corpus, settings
         torch.manual_seed(settings.seed)
         self.encoder: Any = checkpoint.model.model.encoder
-        adapter.attach(self.encoder, settings.rank, settings.alpha)
+        self.start = _attach(self.encoder, settings, start, checkpoint.sha256)
         self.parameters = [p for p in self.encoder.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
         self.step = 0
@@ -128,15 +130,15 @@ class Training:
 
     def _loss(self, clips: Sequence[Tensor], silence: int, chunk: int, overlap: int) -> float:
         """Leaves its gradients on the parameters; the two halves one after the other, for the sake of memory."""
-        target = self._teacher(clips, silence)
+        target, lengths = self._teacher(clips, silence), losses.own_frames(clips, silence)
         power = streaming.pad(list(clips), 2 * target.shape[1])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             frames = self._streamed(power, chunk, overlap)
-        streamed = _stream_error(frames.float(), target, chunk, self.settings.tail_weight)
+        streamed = losses.stream_error(frames.float(), target, lengths, chunk, self.settings.tail_weight)
         streamed.backward()  # type: ignore[no-untyped-call]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             whole = streaming.full(self.encoder, power)
-        short = _error(whole.float(), target).mean()
+        short = losses.mean_error(whole.float(), target, lengths)
         short.backward()  # type: ignore[no-untyped-call]
         return float(streamed.detach() + short.detach())
 
@@ -165,20 +167,21 @@ class Training:
     def _measure(self) -> None:
         streamed, short = [], []
         for clips in self.corpus.held_out:
-            target = self._teacher(clips, 64)
+            target, lengths = self._teacher(clips, 64), losses.own_frames(clips, 64)
             power = streaming.pad(list(clips), 2 * target.shape[1])
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 frames = self._streamed(power, 15, 40).float()
                 whole = streaming.full(self.encoder, power).float()
-            streamed.append(float(_stream_error(frames, target, 15, 0.0)))
-            short.append(float(_error(whole, target).mean()))
+            streamed.append(float(losses.stream_error(frames, target, lengths, 15, 0.0)))
+            short.append(float(losses.mean_error(whole, target, lengths)))
         self.curve.append(Point(self.step, _mean(self.losses) if self.losses else None, _mean(streamed), _mean(short)))
         self.losses = []
 
     def _identity(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on with."""
         settings, data = msgspec.json.encode(self.settings), msgspec.json.encode(self.corpus.described())
-        return {"settings": settings, "source": self.checkpoint.sha256, "data": data}
+        start = self.start["sha256"] if self.start else None
+        return {"settings": settings, "source": self.checkpoint.sha256, "data": data, "start": start}
 
     def _save(self, work: Path) -> None:
         """A checkpoint; an interruption leaves the last one whole."""
@@ -218,6 +221,7 @@ class Training:
             source=self.checkpoint.source,
             source_sha256=sha256,
             data=self.corpus.described(),
+            start=self.start,
             settings=settings,
             curve=self.curve,
             seconds=round(self.seconds, 1),
@@ -236,10 +240,28 @@ def check_target(target: Path) -> None:
         raise ConfigError(f"{target}: cannot be written")
 
 
+def _attach(encoder: Any, settings: Settings, start: Path | None, source_sha256: str) -> dict[str, Any] | None:
+    """A new adapter, or the one to train on. Raises ModelError if that one does not fit."""
+    if start is None:
+        adapter.attach(encoder, settings.rank, settings.alpha)
+        return None
+    found = adapter.put(encoder, start, source_sha256)
+    if found != (settings.rank, settings.alpha):
+        raise ModelError(f"{start}: has rank and alpha {found}, not {(settings.rank, settings.alpha)}")
+    record = start.with_suffix(".json")
+    was = msgspec.json.decode(record.read_bytes()) if record.is_file() else None
+    return {"file": start.name, "sha256": hashlib.sha256(start.read_bytes()).hexdigest(), "record": was}
+
+
 def distil(
-    checkpoint: Checkpoint, sources: Sequence[Source], settings: Settings, target: Path, console: Console
+    checkpoint: Checkpoint,
+    sources: Sequence[Source],
+    settings: Settings,
+    target: Path,
+    console: Console,
+    start: Path | None = None,
 ) -> Record:
-    """Train an adapter and write it; what was begun in `<target>.work` is gone on with."""
+    """Train an adapter, anew or from `start`, and write it; what was begun in `<target>.work` is gone on with."""
     check_target(target)
     work = target.with_suffix(".work")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +271,7 @@ def distil(
         corpus = Corpus(
             sources, checkpoint.model.config.num_mel_bins, lambda _: progress.update(reading, advance=1, total=None)
         )
-        training = Training(checkpoint, corpus, settings)
+        training = Training(checkpoint, corpus, settings, start)
         task = progress.add_task("distil", total=settings.steps)
 
         def show(training: Training) -> None:
@@ -261,26 +283,6 @@ def distil(
     record = training.write(target)
     shutil.rmtree(work, ignore_errors=True)
     return record
-
-
-def _error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error relative to the teacher's energy, by frame. shapes = (..., d_model)"""
-    return (student - teacher).square().sum(-1) / teacher.square().sum(-1)
-
-
-def _stream_error(frames: Tensor, target: Tensor, chunk: int, tail_weight: float) -> Tensor:
-    """Mean error of the frames as they are committed, plus that of the others as they were at first.
-
-    frames shape = (batch, n_steps, width, d_model), target (batch, n, d_model)
-    """
-    n, width = target.shape[1], frames.shape[2]
-    places = torch.arange(frames.shape[1])[:, None] * chunk + torch.arange(width)
-    errors = _error(frames, target[:, places.clamp(max=n - 1)])
-    weights = torch.full((width,), tail_weight * chunk / max(1, width - chunk))
-    weights[:chunk] = 1.0
-    weights = weights * (places < n)
-    committed = (places[:, :chunk] < n).sum()
-    return (errors * weights).sum() / (len(target) * committed)
 
 
 def _mean(values: Sequence[float]) -> float:

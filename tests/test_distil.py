@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_cli import run
 from test_corpus import write
 
-from convert import adapter, distil, model, streaming
+from convert import adapter, distil, losses, model, streaming
 from convert.__main__ import main
 from convert.corpus import Corpus, Source
 from convert.distil import Settings, Training
@@ -212,15 +212,46 @@ def test_the_rate_rises_then_falls():
 
 def test_the_error_of_a_step():
     """Committed frames count once each, the others `tail_weight` times their mean; what is past the end not at all."""
-    target = torch.ones(2, 5, 8)
+    target, lengths = torch.ones(2, 5, 8), torch.tensor([5, 5])
     frames = torch.ones(2, 2, 4, 8)  # steps of 3 frames and 1 of overlap: 0 1 2 (3), 3 4 . (.)
-    assert distil._stream_error(frames, target, 3, 0.25) == 0.0
+    assert losses.stream_error(frames, target, lengths, 3, 0.25) == 0.0
     frames[:, 1, 2:] = 9.0  # past the end
-    assert distil._stream_error(frames, target, 3, 0.25) == 0.0
+    assert losses.stream_error(frames, target, lengths, 3, 0.25) == 0.0
     frames[0, 0, 1] = 3.0  # committed: four times the teacher's energy, one of 2 * 5 frames
-    assert float(distil._stream_error(frames, target, 3, 0.25)) == pytest.approx(4 / 10)
+    assert float(losses.stream_error(frames, target, lengths, 3, 0.25)) == pytest.approx(4 / 10)
     frames[0, 0, 1], frames[1, 0, 3] = 1.0, 3.0
-    assert float(distil._stream_error(frames, target, 3, 0.25)) == pytest.approx(0.25 * 3 / 1 * 4 / 10)
+    assert float(losses.stream_error(frames, target, lengths, 3, 0.25)) == pytest.approx(0.25 * 3 / 1 * 4 / 10)
+
+
+def test_what_fills_a_batch_up_teaches_nothing():
+    target, lengths = torch.ones(2, 5, 8), torch.tensor([5, 2])
+    whole, frames = torch.ones(2, 5, 8), torch.ones(2, 2, 4, 8)
+    whole[1, 2:], frames[1, 0, 2:], frames[1, 1] = 9.0, 9.0, 9.0
+    assert losses.mean_error(whole, target, lengths) == 0.0
+    assert losses.stream_error(frames, target, lengths, 3, 0.25) == 0.0
+    whole[1, 1] = frames[1, 0, 1] = 3.0
+    assert float(losses.mean_error(whole, target, lengths)) == pytest.approx(4 / 7)
+    assert float(losses.stream_error(frames, target, lengths, 3, 0.25)) == pytest.approx(4 / 7)
+
+
+def test_an_adapter_is_trained_on(folder, audio, tmp_path, unbroken):
+    target = tmp_path / "first.safetensors"
+    unbroken.write(target)
+    settings = Settings(**{**msgspec.structs.asdict(QUICK), "steps": 1, "seed": 7})
+    further = Training(model.load(str(folder)), unbroken.corpus, settings, target)
+    further.run(tmp_path / "work")
+    assert further.curve[0].streamed == pytest.approx(unbroken.curve[-1].streamed, rel=1e-2)
+    record = further.write(tmp_path / "second.safetensors")
+    assert record.start["file"] == target.name
+    assert record.start["record"]["curve"] == msgspec.to_builtins(unbroken.curve)
+
+
+def test_an_adapter_of_another_rank_is_not_trained_on(folder, tmp_path, unbroken):
+    target = tmp_path / "first.safetensors"
+    unbroken.write(target)
+    settings = Settings(**{**msgspec.structs.asdict(QUICK), "rank": QUICK.rank + 1})
+    with pytest.raises(ModelError, match="has rank and alpha"):
+        Training(model.load(str(folder)), unbroken.corpus, settings, target)
 
 
 # the command
