@@ -144,11 +144,19 @@ class Draft(msgspec.Struct, frozen=True):
     looks: list[int] = []  # frames that the last stable tokens looked at, `PLACE_TOKENS` of them at the most
     n_stalled: int = 0  # calls of `follow` in a row that found nothing stable
     looped: bool = False  # a repetition was cut
+    logprobs: list[float] = []  # of all tokens, each as it was heard last
+    no_speech_prob: float = 0.0
 
     @property
     def tokens(self) -> list[int]:
         """All of them."""
         return self.stable + self.unstable
+
+    @property
+    def hypothesis(self) -> Hypothesis:
+        """The same without the difference between stable and unstable."""
+        avg_logprob = sum(self.logprobs) / len(self.logprobs) if self.logprobs else 0.0
+        return Hypothesis(self.tokens, avg_logprob, self.no_speech_prob, self.looped)
 
 
 def follow(
@@ -171,44 +179,71 @@ def follow(
     known = [*prompt, *draft.stable]
     decoder.position = min(decoder.position, len(known) - 1)
     known, proposal = known[decoder.position :], draft.unstable[:block]
+    heard = Heard(list(draft.stable), [], draft.logprobs[: len(draft.stable)], draft.no_speech_prob)
     if len(known) + len(proposal) > block and len(known) > 1:  # others used the decoder: it has to read all again
-        decoder.decode(known[:-1])
+        heard.opens(decoder.position, decoder.decode(known[:-1]), vocabulary)
         known = known[-1:]
-    tokens, looks = list(draft.stable), list[int]()
     n_agreed: int | None = None
     while True:
         proposal = proposal[: max(0, block - len(known))]
-        logits = decoder.decode([*known, *proposal])
-        rows = suppress(logits[len(known) - 1 :], vocabulary, first=not tokens)
+        began, logits = decoder.position, decoder.decode([*known, *proposal])
+        heard.opens(began, logits, vocabulary)
+        rows = suppress(logits[len(known) - 1 :], vocabulary, first=not heard.tokens)
         picks = [int(token) for token in rows.argmax(-1)]
         n = agreed(picks, proposal)
         n_agreed = n if n_agreed is None else n_agreed
         decoder.position -= len(proposal) - n
-        frames, beyond = (values[len(known) - 1 :] for values in decoder.looks)
-        for token, frame, share in zip(picks[: n + 1], frames.tolist(), beyond.tolist(), strict=False):
-            rewinds = frame < _place([*draft.looks, *looks]) - REWIND and draft.n_stalled < MAX_STALLED
+        logprobs = log_softmax_at(rows[: n + 1], picks[: n + 1])
+        frames, beyond = (values[len(known) - 1 :].tolist() for values in decoder.looks)
+        for token, logprob, frame, share in zip(picks[: n + 1], logprobs, frames, beyond, strict=False):
+            rewinds = frame < _place([*draft.looks, *heard.looks]) - REWIND and draft.n_stalled < MAX_STALLED
             lost = rewinds or share > LOST_SHARE
-            if token == vocabulary.eot or lost or len(tokens) >= limit:
-                return _parted(tokens, looks, draft, n_agreed, frontier)
-            tokens.append(token)
-            looks.append(frame)
-        if loop_start(tokens) is not None:
-            return _parted(tokens, looks, draft, n_agreed, frontier)
+            if token == vocabulary.eot or lost or len(heard.tokens) >= limit:
+                return _parted(heard, draft, n_agreed, frontier)
+            heard.add(token, frame, logprob)
+        if loop_start(heard.tokens) is not None:
+            return _parted(heard, draft, n_agreed, frontier)
         known, proposal = [picks[n]], []
 
 
-def _parted(tokens: list[int], looks: list[int], draft: Draft, n_agreed: int, frontier: int) -> Draft:
+class Heard(msgspec.Struct):
+    """What one call of `follow` has heard so far. Mutable."""
+
+    tokens: list[int]  # with the stable ones from before
+    looks: list[int]  # without theirs
+    logprobs: list[float]  # of all tokens
+    no_speech_prob: float
+
+    def add(self, token: int, look: int, logprob: float) -> None:
+        """One token more."""
+        self.tokens.append(token)
+        self.looks.append(look)
+        self.logprobs.append(logprob)
+
+    def opens(self, position: int, logits: Float32, vocabulary: Vocabulary) -> None:
+        """Note the doubt that anyone spoke, which stands after the very first token; `position` is that of row 0."""
+        if position == 0:
+            self.no_speech_prob = probability_at(logits[0], vocabulary.no_speech)
+
+
+def _parted(heard: Heard, draft: Draft, n_agreed: int, frontier: int) -> Draft:
     """Tell stable from unstable tokens, and leave out the further rounds of a loop."""
-    before = len(draft.stable)
+    tokens, looks, before = heard.tokens, heard.looks, len(draft.stable)
     n_stable = 0
     while n_stable < min(n_agreed, len(looks)) and looks[n_stable] < frontier:
         n_stable += 1
     start = loop_start(tokens)
     kept = tokens if start is None else tokens[: max(start, before)]
     n_stable = min(n_stable, len(kept) - before)
-    known = [*draft.looks, *looks[:n_stable]][-PLACE_TOKENS:]
-    n_stalled = 0 if n_stable else draft.n_stalled + 1
-    return Draft(kept[: before + n_stable], kept[before + n_stable :], known, n_stalled, looped=start is not None)
+    return Draft(
+        stable=kept[: before + n_stable],
+        unstable=kept[before + n_stable :],
+        looks=[*draft.looks, *looks[:n_stable]][-PLACE_TOKENS:],
+        n_stalled=0 if n_stable else draft.n_stalled + 1,
+        looped=start is not None,
+        logprobs=heard.logprobs[: len(kept)],
+        no_speech_prob=heard.no_speech_prob,
+    )
 
 
 def _place(looks: list[int]) -> float:

@@ -18,7 +18,7 @@ from whisperlet.tokenizer import Tokenizer
 
 from . import decoding, rejection
 from .config import RecogniserConfig, checked_language
-from .decoding import Draft, Hypothesis
+from .decoding import Hypothesis
 from .engine import Engine
 from .follower import Bound, Follower
 from .messages import SpeechChunk, Transcript
@@ -136,7 +136,7 @@ class Transcriber:
         draft = follower.hear(self.tokenizer.prompt(language), self._token_limit(end))
         segment.draft = draft.tokens
         decoded = time.perf_counter()
-        heard = Heard(_unscored(draft), language, 1e3 * (encoded - began), 1e3 * (decoded - encoded), len(draft.stable))
+        heard = Heard(draft.hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded), len(draft.stable))
         return self._transcript(segment, heard, end)
 
     def finish(self) -> Transcript:
@@ -233,7 +233,7 @@ class Transcriber:
     def _transcript(self, segment: Segment, heard: Heard, end: int) -> Transcript:
         segment.revision += 1
         last, hypothesis = segment.last, heard.hypothesis
-        rejected = rejection.reason(hypothesis, self.config) if last else None
+        rejected = rejection.reason(hypothesis, self.config)
         text = "" if rejected else self.tokenizer.text(hypothesis.tokens)
         stable = len(self.tokenizer.text(hypothesis.tokens[: heard.stable]))
         return Transcript(
@@ -256,10 +256,6 @@ class Transcriber:
             speech_end_monotonic_s=last.speech_end_monotonic_s if last else None,
             decided_monotonic_s=last.decided_monotonic_s if last else None,
         )
-
-
-def _unscored(draft: Draft) -> Hypothesis:
-    return Hypothesis(draft.tokens, avg_logprob=0.0, no_speech_prob=0.0, looped=draft.looped)
 
 
 def build(bundle: Bundle, engine: Engine, config: RecogniserConfig) -> Transcriber:

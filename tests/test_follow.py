@@ -1,6 +1,7 @@
 """Following speech as policy: what is stable and where to stop, on a decoder that is made up."""
 
 import numpy as np
+import pytest
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +18,8 @@ END = 10_000  # no token looks as far
 class Talker:
     """Says `answer`: tokens, or tuples of a token, the frame that it looks at and the share beyond the audio."""
 
-    def __init__(self, *answer):
-        self.tokens, self.passes = [], []
+    def __init__(self, *answer, height=30.0):
+        self.tokens, self.passes, self.height = [], [], height
         self.says(*answer)
 
     def says(self, *answer):
@@ -44,7 +45,7 @@ class Talker:
         picks, frames, beyond = zip(*said, strict=True)
         self.looks = Looks(np.array(frames), np.array(beyond, np.float32))
         logits = np.zeros((len(tokens), toy.DIMS.n_vocab), np.float32)
-        logits[np.arange(len(tokens)), picks] = 30
+        logits[np.arange(len(tokens)), picks] = self.height
         return logits
 
 
@@ -164,6 +165,31 @@ def test_one_pass_where_nothing_is_new():
     talker.passes.clear()
     follow(talker, draft)
     assert talker.passes == [1, 1, 1]
+
+
+def test_each_token_keeps_the_probability_that_it_was_heard_with_last():
+    talker = Talker(40, 41, 42, height=9.0)
+    first = follow(talker, frontier=15)
+    talker.height = 5.0
+    second = follow(talker.says(40, 41, 43), first, frontier=15)  # verified and heard anew: less sure this time
+    assert parts(second) == ([40, 41], [43])
+    assert all(new < old < 0 for new, old in zip(second.logprobs, first.logprobs, strict=True))
+    talker.height = 9.0
+    third = follow(talker.says(40, 41, 44), second, frontier=15)
+    assert third.logprobs == [*second.logprobs[:2], first.logprobs[2]]
+    assert third.hypothesis.avg_logprob == sum(third.logprobs) / 3
+
+
+def test_the_doubt_that_anyone_spoke_stands_after_the_first_token():
+    talker = Talker(40, 41, height=0.0)
+    draft = follow(talker)
+    assert draft.hypothesis.no_speech_prob == pytest.approx(1 / toy.DIMS.n_vocab)
+    talker.height = 9.0
+    assert follow(talker.says(40, 41, 42), draft).no_speech_prob == draft.no_speech_prob
+
+
+def test_nothing_heard_has_no_probability():
+    assert follow(Talker((40, 0, 1.0))).hypothesis.avg_logprob == 0.0
 
 
 HEARINGS = st.lists(
