@@ -70,7 +70,10 @@ class MqttConfig(Section, frozen=True):
     device: str | None = None  # <device> in the topics; None: the host's name
     version: Literal["5", "3.1.1"] = "5"
     username: str | None = None
-    password_file: str | None = None
+    password_file: str | None = None  # None: systemd's credential mqtt-password, if there is one
+    ca_file: str | None = None  # PEM; None: the system's authorities
+    cert_file: str | None = None  # PEM, what we show the broker
+    key_file: str | None = None  # PEM; None: it stands in cert_file
     keepalive_s: Annotated[int, msgspec.Meta(ge=5, le=3600)] = 30
     will_delay_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 30  # MQTT 5 only
     reconnect_min_s: Annotated[float, msgspec.Meta(ge=0.1, le=60)] = 1.0

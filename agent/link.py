@@ -11,10 +11,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -22,90 +19,12 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from whisperlet.errors import ConfigError
-
+from .broker import Broker
 from .config import MqttConfig
 from .messages import Envelope
 
 MAX_IN_FLIGHT = 20  # messages without a PUBACK; less if the broker's Receive Maximum says so
 CONNECT_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True)
-class Broker:
-    """Where to connect and as whom, checked."""
-
-    host: str
-    port: int
-    is_tls: bool
-    device: str  # <device> in the topics
-    username: str | None
-    password: str | None = field(repr=False)
-
-    @classmethod
-    def of(cls, config: MqttConfig) -> Broker:
-        """Broker of a configuration; raises ConfigError naming the key, and the file of the password."""
-        url = urlsplit(config.url)
-        if url.username is not None or url.hostname is None:
-            raise ConfigError("mqtt.url: wants HOST[:PORT]; a login goes into mqtt.username and mqtt.password_file")
-        try:
-            port = url.port or (8883 if url.scheme == "mqtts" else 1883)
-        except ValueError:
-            raise ConfigError(f"mqtt.url: the port in {config.url!r} is not a number up to 65535") from None
-        device = config.device or socket.gethostname()
-        return cls(url.hostname, port, url.scheme == "mqtts", device, config.username, read_password(config))
-
-    def __str__(self) -> str:
-        """Host and port, for the log."""
-        return f"{self.host}:{self.port}"
-
-    @property
-    def client_id(self) -> str:
-        """Name of the session at the broker."""
-        return f"whisperlet-{self.device}"
-
-    def topic(self, name: str) -> str:
-        """Full name of an envelope's topic."""
-        return f"whisperlet/{self.device}/{name}"
-
-
-def read_password(config: MqttConfig) -> str | None:
-    """First line of `mqtt.password_file`; raises ConfigError naming the key and the file."""
-    if config.password_file is None:
-        return None
-    try:
-        text = Path(config.password_file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"mqtt.password_file: {config.password_file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"mqtt.password_file: {config.password_file}: is not UTF-8") from None
-    return text.partition("\n")[0].rstrip("\r")
-
-
-class Backoff:
-    """Exponential back-off with jitter over the whole range."""
-
-    def __init__(self, min_s: float, max_s: float, rng: Callable[[], float]) -> None:
-        self._min_s = min_s
-        self._max_s = max(min_s, max_s)
-        self._rng = rng  # uniform in [0, 1)
-        self._ceiling_s = min(self._max_s, 2 * min_s)
-
-    def next_s(self) -> float:
-        """Seconds to wait now."""
-        wait_s = self._min_s + self._rng() * (self._ceiling_s - self._min_s)
-        self._ceiling_s = min(self._max_s, 2 * self._ceiling_s)
-        return wait_s
-
-    def lasted(self, age_s: float) -> bool:
-        """Begin again with short waits if a connection outlived the longest wait now; returns whether it did.
-
-        Two clients that throw each other out live for as long as the other waits, so their waits go on growing.
-        """
-        if age_s > self._ceiling_s:
-            self._ceiling_s = min(self._max_s, 2 * self._min_s)
-            return True
-        return False
 
 
 class Waker:
@@ -224,8 +143,8 @@ class Link:
         )
         client.connect_timeout = CONNECT_TIMEOUT_S
         client.username_pw_set(self._broker.username, self._broker.password)
-        if self._broker.is_tls:
-            client.tls_set()
+        if self._broker.tls is not None:
+            client.tls_set_context(self._broker.tls)
         delay = _properties(PacketTypes.WILLMESSAGE, WillDelayInterval=self._config.will_delay_s) if is_mqtt5 else None
         client.will_set(self._broker.topic(will.topic), will.payload, will.qos, will.retain, delay)
         client.on_connect = self._on_connect

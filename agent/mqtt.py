@@ -18,19 +18,18 @@ from typing import Protocol
 import msgspec
 from paho.mqtt.reasoncodes import ReasonCode
 
+from whisperlet.errors import ConfigError
+
+from .broker import Broker
 from .config import MqttConfig
-from .link import CONNECT_TIMEOUT_S, Backoff, Broker, Link, Waker
+from .link import CONNECT_TIMEOUT_S, Link, Waker
 from .messages import Envelope, Kind
+from .patience import Patience
 from .payloads import InfoPayload, status_payload, to_envelope
 
 MAX_PARTIALS = 8  # that wait to be sent; the oldest goes first
-TAKEOVER_MAX = 16  # times takeover_retry_s: the longest wait after another client took the session over
 FAREWELL_S = 1.0  # to have `offline` acknowledged when the agent stops
 TURN_S = 1.0  # longest sleep while connected; keep-alive is looked at in between
-BAD_LOGIN = (0x86, 0x87)  # bad user name or password, not authorized
-SESSION_TAKEN_OVER = 0x8E  # said by Mosquitto since 2.0.15; MQTT 3.1.1 has no word for it
-SUSPECT_EARLY = 3  # connections in a row that ended soon
-SAME_NAME_HINT = "is mqtt.device the same on two machines?"
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +91,12 @@ class Publisher:
         self._outbox = outbox
         self._info = info
         self._on_event = on_event
-        self._backoff = Backoff(config.reconnect_min_s, config.reconnect_max_s, rng)
-        self._takeover = Backoff(takeover_retry_s, TAKEOVER_MAX * takeover_retry_s, rng)
+        self._patience = Patience(config, takeover_retry_s, on_event, rng)
         self._in_flight: dict[int, tuple[int | None, str]] = {}  # by paho's id: id in the outbox, topic
         self._lock = threading.Lock()  # guards the next three
         self._partials: deque[Envelope] = deque(maxlen=MAX_PARTIALS)
         self._counts: Counter[str] = Counter()
         self._is_connected = False
-        self._complaint = ""
-        self._n_early = 0
         self._reported_drops: dict[Kind, int] = {}
         self._waker = Waker()
         self._stop = threading.Event()
@@ -160,25 +156,33 @@ class Publisher:
 
     def _attempt(self) -> float:
         """Connect and serve until the connection ends; returns the wait before the next attempt in seconds."""
+        self._renew_login()
         will = to_envelope(status_payload(self._info.session, "connection_lost"))
         link = Link(self._broker, self._config, will, self._on_puback)
         try:
             if self._open(link):
                 self._serve(link)
-                return self._wait_s(link)
+                return self._patience.after(link, self._broker, is_stopping=self._stop.is_set())
         except Exception:
             self._count("errors")
             logger.exception("publishing failed, connecting again")
         finally:
             link.close()
             self._put_back()
-        return self._backoff.next_s()
+        return self._patience.next_s()
+
+    def _renew_login(self) -> None:
+        """Read password and certificates again: they are renewed while the agent runs."""
+        try:
+            self._broker = Broker.of(self._config)
+        except ConfigError as error:
+            self._patience.complain(f"{error}; the former login holds")
 
     def _open(self, link: Link) -> bool:
         try:
             link.connect()
         except OSError as error:
-            self._complain(f"cannot reach the MQTT broker at {self._broker}: {error.strerror or error}")
+            self._patience.complain(f"cannot reach the MQTT broker at {self._broker}: {error.strerror or error}")
             return False
         return True
 
@@ -208,7 +212,7 @@ class Publisher:
     def _greet(self, link: Link) -> None:
         """Say what a new connection begins with."""
         logger.info("connected to the MQTT broker at %s as %s", self._broker, self._broker.client_id)
-        self._complaint = ""
+        self._patience.forgive()
         self._count("connects")
         self._is_connected = True
         for payload in (status_payload(self._info.session, "connected"), self._info):
@@ -263,38 +267,3 @@ class Publisher:
             self._partials.clear()
         self._in_flight.clear()
         self._outbox.requeue()
-
-    def _wait_s(self, link: Link) -> float:
-        """Say why the connection ended; returns how long to stay away in seconds."""
-        if link.greeting is not None and link.greeting.is_failure:
-            is_new = self._complain(f"the MQTT broker at {self._broker} refused to connect us: {link.greeting}")
-            if is_new and link.greeting.value in BAD_LOGIN:
-                self._on_event("login_refused", str(link.greeting))
-        elif link.goodbye is not None and link.goodbye.value == SESSION_TAKEN_OVER:
-            return self._yield_session(link)
-        elif not self._stop.is_set():
-            self._complain(f"lost the connection to the MQTT broker at {self._broker}")
-            self._count_early(link)
-        return self._backoff.next_s()
-
-    def _count_early(self, link: Link) -> None:
-        """Suspect a second agent where the broker does not tell: it would throw us out again and again."""
-        self._n_early = 0 if self._backoff.lasted(link.age_s()) else self._n_early + 1
-        if self._n_early == SUSPECT_EARLY:
-            self._on_event("connection_unstable", f"lost {SUSPECT_EARLY} times soon after connecting; {SAME_NAME_HINT}")
-
-    def _yield_session(self, link: Link) -> float:
-        """Stay away for long: two agents of one name would otherwise throw each other out for ever."""
-        self._takeover.lasted(link.age_s())
-        wait_s = self._takeover.next_s()
-        detail = f"another client connected as {self._broker.client_id}; {SAME_NAME_HINT}"
-        logger.warning("%s; connecting again in %.0f s", detail, wait_s)
-        self._on_event("session_taken_over", detail)
-        return wait_s
-
-    def _complain(self, sentence: str) -> bool:
-        """Log a sentence, as a warning unless it is the same as last time; returns whether it is new."""
-        is_new = sentence != self._complaint
-        logger.log(logging.WARNING if is_new else logging.DEBUG, "%s; trying again", sentence)
-        self._complaint = sentence
-        return is_new

@@ -50,8 +50,10 @@ ALLOWED = {
     "clock": set(),
     "payloads": {"clock"},
     "outbox": set(),
-    "link": set(),
-    "mqtt": {"link", "payloads"},
+    "broker": set(),
+    "link": {"broker"},
+    "patience": {"broker", "link"},
+    "mqtt": {"broker", "link", "patience", "payloads"},
     # the agent about itself
     "power": {"payloads"},
     "telemetry": {"clock", "payloads"},
