@@ -19,10 +19,12 @@ import msgspec
 from msgspec import Meta
 
 from .clock import Clock, rfc3339
+from .inventory import Hardware, System
 from .messages import Envelope, Kind, Transcript
 
 Utc = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", description="UTC, RFC 3339")]
 Session = Annotated[str, Meta(min_length=1, description="random, one for each start of the agent")]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Meta(ge=0)]
 Total = Annotated[int, Meta(ge=0, description="since the agent started")]
 Sample = Annotated[int, Meta(ge=0, description="index of a sample since the source was opened")]
@@ -55,7 +57,7 @@ class BundleInfo(Payload, frozen=True):
     """The model."""
 
     name: str
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Sha256
     languages: list[str]  # ISO 639-1
 
 
@@ -66,6 +68,9 @@ class InfoPayload(Payload, frozen=True):
     started_utc: Utc
     versions: Versions
     bundle: BundleInfo | None
+    hardware: Hardware
+    system: System
+    config_sha256: Sha256  # tells whether two agents are configured alike
     capabilities: list[str]  # such as "partials"
     sample_rate_hz: Annotated[int, Meta(gt=0)]
 

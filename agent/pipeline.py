@@ -24,6 +24,7 @@ from .clock import Clock, rfc3339
 from .config import Config
 from .confirm import ConfirmedGate
 from .health import Notifier
+from .inventory import config_sha256, hardware, system
 from .messages import AudioChunk, SpeechChunk, Transcript
 from .mqtt import Publisher
 from .outbox import MemoryOutbox
@@ -211,6 +212,9 @@ class Pipeline:
             bundle=BundleInfo(
                 name=manifest.name, sha256=bundle.sha256, languages=sorted(manifest.vocabulary.languages) or ["en"]
             ),
+            hardware=hardware(),
+            system=system(),
+            config_sha256=config_sha256(self.config),
             capabilities=["partials", "finals", "telemetry"]
             if self.config.recogniser.partials
             else ["finals", "telemetry"],

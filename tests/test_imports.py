@@ -48,7 +48,8 @@ ALLOWED = {
     "quiet": set(),
     # publishing
     "clock": set(),
-    "payloads": {"clock"},
+    "inventory": set(),
+    "payloads": {"clock", "inventory"},
     "outbox": set(),
     "broker": set(),
     "link": {"broker"},

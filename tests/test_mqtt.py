@@ -8,6 +8,7 @@ import pytest
 from brokers import Broker, Subscriber, TakeoverBroker, free_port, needs_mosquitto, wait_for
 
 from agent.config import MqttConfig
+from agent.inventory import hardware, system
 from agent.link import Link
 from agent.messages import Envelope, Kind
 from agent.mqtt import MAX_PARTIALS, Publisher
@@ -19,6 +20,9 @@ INFO = InfoPayload(
     started_utc="2025-01-31T12:00:00.000Z",
     versions=Versions(agent="0.1", runtime=None, python="3.11"),
     bundle=None,
+    hardware=hardware(),
+    system=system(),
+    config_sha256="0" * 64,
     capabilities=["partials"],
     sample_rate_hz=16_000,
 )

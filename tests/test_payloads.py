@@ -5,8 +5,9 @@ import jsonschema
 import msgspec
 import pytest
 
-from agent import payloads
+from agent import inventory, payloads
 from agent.clock import Clock, rfc3339
+from agent.config import Config
 from agent.messages import Kind, Transcript
 
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schema"
@@ -70,6 +71,9 @@ def info(bundle):
         started_utc=rfc3339(NOON),
         versions=payloads.versions("ai-edge-litert"),
         bundle=bundle,
+        hardware=inventory.hardware(),
+        system=inventory.system(),
+        config_sha256=inventory.config_sha256(Config()),
         capabilities=["partials"],
         sample_rate_hz=16_000,
     )
