@@ -27,7 +27,8 @@ class SourceConfig(Section, frozen=True):
     chunk_ms: Annotated[int, msgspec.Meta(ge=10, le=200)] = 20
     ring_s: Annotated[float, msgspec.Meta(ge=0.5, le=30)] = 2.0  # audio held while the gate is busy
     retry_s: Annotated[float, msgspec.Meta(ge=0.1, le=60)] = 1.0  # first wait before a lost microphone is reopened
-    retry_max_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 10.0
+    retry_max_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 5.0
+    silent_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 8.0  # of one and the same number; 0: for ever
 
 
 class VadConfig(Section, frozen=True):

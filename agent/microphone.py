@@ -1,11 +1,12 @@
-"""The microphone, through PortAudio: a callback that only hands over to the ring, and patience with cables."""
+"""The microphone, through PortAudio: a callback that only hands over to the ring. `reopening.py` has the patience."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from .resampling import Resampler
 from .ring import Block, Ring, SourceCounters
 
 START_S = 5.0  # a Bluetooth or suspended device takes its time to begin
-DEAD_S = 2.0  # a stream that is silent for this long has died, even if PortAudio has not noticed
+DEAD_S = 2.0  # a stream that brings nothing for this long has died, even if PortAudio has not noticed
+RATE_WINDOW_S = 10.0  # over which the frames that came are counted against the clock
+RATE_TOLERANCE = 0.05  # 44.1 kHz in place of 48 kHz is 8 % off; a busy machine, late by half a second, is not
 NO_PYAUDIO = (
     "microphone: PyAudio is not installed: pip install 'whisperlet[mic]', "
     "which needs PortAudio's headers first: apt install portaudio19-dev"
@@ -44,6 +47,9 @@ class Microphone:
         self._portaudio = _started(pyaudio)
         try:
             self._open(find_device(self._portaudio, config.device), config, pyaudio)
+        except OSError as error:  # a device that goes away while it is looked at
+            self.close()
+            raise AudioDeviceLost(f"microphone: {error.args[-1]}") from None
         except BaseException:
             self.close()
             raise
@@ -67,7 +73,8 @@ class Microphone:
         with self._closing:
             if self._stream is not None:
                 self._ring.close()
-                self._stream.close()
+                with contextlib.suppress(OSError):  # a device that is gone may not even be closed
+                    self._stream.close()
                 self._stream = None
             if self._portaudio is not None:
                 self._portaudio.terminate()
@@ -105,101 +112,35 @@ class Microphone:
         return callback
 
     def _blocks(self) -> Iterator[Block]:
-        timeout_s = START_S
+        timeout_s, watch = START_S, RateWatch(self._rate)
         try:
             while (block := self._ring.get(timeout_s)) is not None:
                 timeout_s = DEAD_S
+                if found := watch.wrong(block, self.counters.overflows):
+                    raise AudioDeviceLost(f"microphone {self._name!r}: {found:.0f} Hz where {self._rate} were promised")
                 yield block
         except TimeoutError:
             raise AudioDeviceLost(f"microphone {self._name!r}: no audio for {timeout_s:g} s") from None
 
 
-class _Device(Protocol):
-    def __iter__(self) -> Iterator[AudioChunk]: ...
+class RateWatch:
+    """Finds out that a device brings more or less than it has promised, as some do after the system's rate changed."""
 
-    def close(self) -> None: ...
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._first: Block | None = None  # of the window
+        self._overflows = 0  # until then
 
-
-class ReopeningMicrophone:
-    """A microphone that may be unplugged: reopened with growing patience, and `start` jumps by the time lost.
-
-    `on_event` hears "microphone_lost" and "microphone_back", once for each loss, in the reader's thread.
-    With `must_exist` the first opening happens here, so that its AudioError goes to the caller.
-    """
-
-    def __init__(
-        self,
-        config: SourceConfig,
-        on_event: Callable[[str, str], None],
-        *,
-        must_exist: bool = True,
-        open_microphone: Callable[[SourceConfig, SourceCounters], _Device] = Microphone,
-    ) -> None:
-        self.counters = SourceCounters()
-        self._config = config
-        self._on_event = on_event
-        self._open_microphone = open_microphone
-        self._closing = threading.Event()
-        self._swapping = threading.Lock()
-        self._device: _Device | None = None
-        self._end = 0  # index after the last sample
-        self._end_s: float | None = None  # monotonic, when that one was captured
-        if must_exist:
-            self._opened()
-
-    def __iter__(self) -> Iterator[AudioChunk]:
-        """Chunks until `close`, from one device after the other."""
-        retry_s = self._config.retry_s
-        lost_at: int | None = None
-        while not self._closing.is_set():
-            try:
-                for chunk in self._chunks():
-                    if lost_at is not None:
-                        self._on_event("microphone_back", f"{seconds(chunk.start - lost_at):.1f} s without audio")
-                    lost_at, retry_s = None, self._config.retry_s
-                    yield chunk
-            except AudioDeviceLost as error:
-                if lost_at is None:
-                    self._on_event("microphone_lost", str(error))
-                    lost_at = self._end
-                self._release()
-                self._closing.wait(retry_s)
-                retry_s = min(2 * retry_s, self._config.retry_max_s)
-
-    def close(self) -> None:
-        """Stop for good; a reader in another thread comes to its end. May be called again."""
-        self._closing.set()
-        self._release()
-
-    def _chunks(self) -> Iterator[AudioChunk]:
-        """Chunks of one device, placed where they belong on the time line of all of them."""
-        offset: int | None = None
-        for chunk in self._device or self._opened():
-            if offset is None:
-                offset = self._end + self._lost_before(chunk) - chunk.start
-            placed = AudioChunk(chunk.samples, chunk.start + offset, chunk.arrived_monotonic_s)
-            self._end, self._end_s = placed.end, placed.arrived_monotonic_s
-            yield placed
-
-    def _lost_before(self, chunk: AudioChunk) -> int:
-        """Count the samples that nobody heard between the last chunk of the old device and this one."""
-        if self._end_s is None:
-            return 0
-        return max(0, round((chunk.arrived_monotonic_s - self._end_s) * SAMPLE_RATE) - len(chunk.samples))
-
-    def _opened(self) -> _Device:
-        device = self._open_microphone(self._config, self.counters)
-        with self._swapping:
-            self._device = device
-        if self._closing.is_set():  # while it was being opened
-            device.close()
-        return device
-
-    def _release(self) -> None:
-        with self._swapping:
-            device, self._device = self._device, None
-        if device is not None:
-            device.close()
+    def wrong(self, block: Block, overflows: int) -> float | None:
+        """Frames per second over the last window, if they are not what was promised. Known losses do not count."""
+        if self._first is None or overflows != self._overflows:
+            self._first, self._overflows = block, overflows
+        elapsed_s = block.arrived_s - self._first.arrived_s
+        if elapsed_s < RATE_WINDOW_S:
+            return None
+        found = (block.first_frame - self._first.first_frame) / elapsed_s
+        self._first = block
+        return found if abs(found / self._rate - 1) > RATE_TOLERANCE else None
 
 
 def _started(pyaudio: Any) -> Any:

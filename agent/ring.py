@@ -14,6 +14,7 @@ class SourceCounters:
 
     dropped_samples: int = 0  # at 16 kHz, given up because the ring was full
     overflows: int = 0  # times PortAudio reported that audio was lost before it reached us
+    faults: int = 0  # times the microphone was lost, or brought nothing but one number
 
 
 class Block(NamedTuple):

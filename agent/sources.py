@@ -20,7 +20,7 @@ from whisperlet.errors import AudioError
 from .audio_files import audio_paths, read_blocks, read_file
 from .config import SourceConfig
 from .messages import AudioChunk
-from .microphone import ReopeningMicrophone
+from .reopening import ReopeningMicrophone
 from .ring import SourceCounters
 
 __all__ = ["AudioFiles", "Paced", "RawPcm", "Source", "SourceCounters", "open_source", "paced", "read_file"]
@@ -48,16 +48,17 @@ def open_source(
     config: SourceConfig,
     *,
     on_event: Callable[[str, str], None] = lambda _name, _detail: None,
+    beat: Callable[[float], None] = lambda _within_s: None,
     must_exist: bool = True,
     stdin: BinaryIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Source:
     """Source for "mic", "-" (raw PCM on standard input), a file or a directory. Raises AudioError.
 
-    `on_event` and `must_exist` are for the microphone, see `ReopeningMicrophone`.
+    `on_event`, `beat` and `must_exist` are for the microphone, see `ReopeningMicrophone`.
     """
     if name == "mic":
-        return ReopeningMicrophone(config, on_event, must_exist=must_exist)
+        return ReopeningMicrophone(config, on_event, must_exist=must_exist, beat=beat)
     if name == "-":
         return RawPcm(stdin or sys.stdin.buffer, config.chunk_ms, clock)
     return AudioFiles(audio_paths(Path(name)), config.chunk_ms, clock, pause=PAUSE if Path(name).is_dir() else 0)

@@ -10,8 +10,9 @@ import pytest
 
 from agent.config import SourceConfig
 from agent.messages import AudioChunk
-from agent.microphone import Microphone, ReopeningMicrophone, find_device
-from agent.ring import Ring, SourceCounters
+from agent.microphone import Microphone, RateWatch, find_device
+from agent.reopening import OPENING_S, OverflowNews, ReopeningMicrophone
+from agent.ring import Block, Ring, SourceCounters
 from agent.sources import open_source
 from whisperlet.audio import SAMPLE_RATE, samples, seconds
 from whisperlet.errors import AudioDeviceLost, AudioError
@@ -256,3 +257,146 @@ def test_closing_ends_the_reader_at_once(devices):
     source.close()
     reader.join(2)
     assert not reader.is_alive()
+
+
+# A microphone that is open and wrong
+
+
+def playing(chunks):
+    """A device whose chunks of 20 ms hold these numbers; None stands for noise."""
+    noise = np.random.default_rng(0).integers(-9, 9, 320).astype(np.int16)
+
+    class Playing(FakeMicrophone):
+        def __iter__(self):
+            for i, value in enumerate(self.arrivals):
+                yield AudioChunk(noise if value is None else np.full(320, value, np.int16), 320 * i, i / 50)
+            raise AudioDeviceLost("gone")
+
+    return Playing(chunks)
+
+
+def events_of(devices, **config):
+    events, beats = [], []
+    settings = SourceConfig(retry_s=0.1, retry_max_s=0.1, **config)
+    source = reopening([*devices, StopIteration()], events, settings, beat=beats.append)
+    with pytest.raises(RuntimeError):  # there are no more devices
+        list(source)
+    return events, beats, source
+
+
+@pytest.mark.parametrize("value", [0, -1, 32767])
+def test_an_open_microphone_without_life_is_opened_again_and_reported_once(value):
+    devices = [playing([None] * 50 + [value] * 500), playing([value] * 500), playing([None])]
+    events, _, source = events_of(devices, silent_s=1.0)
+    assert [name for name, _ in events] == ["microphone_silent", "microphone_back", "microphone_lost"]
+    assert f"nothing but {value} for 1 s" in events[0][1]
+    assert source.counters.faults == 2
+    assert all(device.closed.is_set() for device in devices)
+
+
+def test_a_microphone_that_goes_still_by_itself_gets_more_patience():
+    """Opening it again did not cure it: the voice came back later, by itself."""
+    gone_still = playing([None] + [0] * 75)
+    events, _, _ = events_of([gone_still, playing([0] * 110 + [None] + [0] * 140 + [None])], silent_s=1.5)
+    assert [name for name, _ in events] == ["microphone_silent", "microphone_back", "microphone_lost"]
+    events, _, _ = events_of([gone_still, playing([None] + [0] * 80)], silent_s=1.5)
+    names = [name for name, _ in events]
+    assert names == ["microphone_silent", "microphone_back", "microphone_silent"]  # cured, so no more patience
+
+
+def test_silence_may_be_allowed():
+    events, _, _ = events_of([playing([0] * 2000)], silent_s=0)
+    assert [name for name, _ in events] == ["microphone_lost"]
+
+
+def test_a_still_microphone_that_goes_away_is_lost():
+    events, _, _ = events_of([playing([0] * 50), AudioDeviceLost("unplugged"), playing([0])], silent_s=1.0)
+    assert [name for name, _ in events][:3] == ["microphone_silent", "microphone_lost", "microphone_back"]
+
+
+def test_a_reader_without_a_microphone_says_that_it_lives():
+    _, beats, _ = events_of([playing([None]), *[AudioDeviceLost("busy")] * 3, playing([None])])
+    assert beats.count(0.1) == 5  # before each wait
+    assert beats.count(OPENING_S) == 6  # before each attempt
+
+
+def test_lost_audio_is_news_at_once_and_then_once_a_minute():
+    news, counters = OverflowNews(), SourceCounters()
+    assert news.news(counters, 0.0) is None
+    counters.overflows, counters.dropped_samples = 2, 1600
+    assert news.news(counters, 1.0) == "2 overflows of the driver, 0.10 s dropped while the gate was busy"
+    counters.overflows = 5
+    assert news.news(counters, 2.0) is None
+    assert news.news(counters, 61.0).startswith("3 overflows of the driver, 0.00 s")
+    assert news.news(counters, 200.0) is None
+
+
+def test_overflows_are_an_event():
+    source = reopening([FakeMicrophone([1.0, 1.1], fails=False)], events := [], SourceConfig())
+    chunks = iter(source)
+    next(chunks)
+    source.counters.overflows += 1
+    next(chunks)
+    assert [name for name, _ in events] == ["microphone_overflow"]
+
+
+def bring(stream, n_frames, n_blocks):
+    for _ in range(n_blocks):
+        stream.callback(bytes(4 * n_frames), n_frames, {}, 0)
+
+
+@pytest.mark.parametrize("n_frames", [882, 1920])
+def test_a_device_that_changes_its_rate_is_opened_again(fake, n_frames):
+    """A block every 20 ms makes 44.1 kHz or 96 kHz, but 48 kHz were promised."""
+    microphone = Microphone(SourceConfig(ring_s=30), clock=itertools.count(0.02, 0.02).__next__)
+    bring(fake.stream, n_frames, 600)
+    with pytest.raises(AudioDeviceLost, match=f"{50 * n_frames} Hz where 48000 were promised"):
+        list(microphone)
+    microphone.close()
+
+
+def wrong_rates(n_frames, overflows):
+    """What is found wrong with blocks that come every 20 ms, by the count of overflows until then."""
+    watch = RateWatch(48_000)
+    blocks = [Block(b"", i * n_frames, n_frames, i / 50) for i in range(len(overflows))]
+    return [found for found in map(watch.wrong, blocks, overflows) if found]
+
+
+def test_a_rate_that_is_kept_or_whose_losses_are_known():
+    assert wrong_rates(960, [0] * 2000) == []
+    assert wrong_rates(930, [0] * 2000) == []  # a little late, as on a busy machine
+    assert wrong_rates(800, [i // 100 for i in range(2000)]) == []
+    assert wrong_rates(800, [0] * 1100) == pytest.approx([40_000] * 2)
+
+
+def test_a_new_rate_is_taken_up_when_it_is_opened_again(fake, monkeypatch):
+    """A tone stays the same tone."""
+    plain_open = fake.open
+
+    def open_and_play(*, rate, channels, stream_callback, **options):
+        stream = plain_open(rate=rate, channels=channels, stream_callback=stream_callback, **options)
+        tone = interleaved(8000 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate))
+        for part in np.split(tone, 50):
+            stream_callback(part.tobytes(), len(part), {}, 0)
+        return stream
+
+    monkeypatch.setattr(fake, "open", open_and_play)
+    source = ReopeningMicrophone(SourceConfig(), lambda *_: None)
+    chunks = iter(source)
+    for rate in (48_000, 44_100):
+        heard = np.concatenate([next(chunks).samples for _ in range(45)])[1000:12_000]
+        spectrum = np.abs(np.fft.rfft(heard))
+        assert np.argmax(spectrum) * SAMPLE_RATE / len(heard) == pytest.approx(440, abs=2), rate
+        fake.devices[1]["defaultSampleRate"], fake.accepted = 44_100.0, (44_100, 2)
+        source._device.close()
+    source.close()
+
+
+def test_a_device_that_goes_while_it_is_looked_at_is_lost(fake, monkeypatch):
+    def gone(_index):
+        raise OSError(-9996, "Invalid device")
+
+    monkeypatch.setattr(fake, "get_device_info_by_index", gone)
+    with pytest.raises(AudioDeviceLost, match="Invalid device"):
+        Microphone(SourceConfig())
+    assert fake.terminated

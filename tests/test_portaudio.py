@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from brokers import wait_for
 
 from agent.audio_files import read_file
 from agent.config import RecogniserConfig, SourceConfig
 from agent.messages import SpeechChunk
-from agent.microphone import Microphone, ReopeningMicrophone
+from agent.microphone import Microphone
+from agent.reopening import ReopeningMicrophone
 from agent.ring import SourceCounters
 from agent.supervisor import Supervisor
 from whisperlet.audio import SAMPLE_RATE, seconds
@@ -65,10 +67,16 @@ class Room:
         self._server.wait()
         self._socket.unlink(missing_ok=True)
 
-    def play(self, pcm):
+    def freeze(self):
+        self._server.send_signal(signal.SIGSTOP)
+
+    def thaw(self):
+        self._server.send_signal(signal.SIGCONT)
+
+    def play(self, pcm, device="room"):
         player = subprocess.Popen(
             [
-                *("pacat", "--playback", "--raw", "--latency-msec=250", "--device=room"),
+                *("pacat", "--playback", "--raw", "--latency-msec=250", f"--device={device}"),
                 *(f"--rate={SAMPLE_RATE}", "--channels=1", "--format=s16le"),
             ],
             stdin=subprocess.PIPE,
@@ -217,3 +225,123 @@ def test_nothing_is_dropped_while_the_longest_encode_runs(room, real_bundle, tmp
     assert len(finals) == 3
     assert n_heard >= 3 * SAMPLE_RATE
     assert (microphone.counters.dropped_samples, microphone.counters.overflows) == (0, 0)
+
+
+class Ear:
+    """A reopening microphone that is read by a thread of its own, and what it reported."""
+
+    def __init__(self, **config):
+        self.events, self.beats, self.chunks = [], [], []
+        settings = SourceConfig(**{"retry_s": 0.2, "retry_max_s": 0.5, "silent_s": 0} | config)
+        self.source = ReopeningMicrophone(settings, lambda *event: self.events.append(event), beat=self.beats.append)
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self):
+        for chunk in self.source:
+            self.chunks.append(chunk)
+
+    @property
+    def names(self):
+        return [name for name, _ in self.events]
+
+    def hears(self, pcm, timeout_s=15.0):
+        """Wait until `pcm`, more or less, is in what was heard."""
+        wait_for(lambda: len(self.chunks) > 50 and likeness(joined(self.chunks), pcm) > 0.8, timeout_s)
+
+    def goes_on(self, timeout_s=15.0):
+        """Wait until more audio has come."""
+        n = len(self.chunks)
+        wait_for(lambda: len(self.chunks) > n + 20, timeout_s)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.source.close()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+def joined(chunks):
+    return np.concatenate([chunk.samples for chunk in list(chunks)])
+
+
+def likeness(heard, pcm):
+    """Correlation where `pcm` fits best into `heard`, 0 to 1."""
+    if len(heard) < len(pcm):
+        return 0.0
+    found = heard[where(heard, pcm) :][: len(pcm)].astype(float)
+    norm = np.linalg.norm(found) * np.linalg.norm(pcm.astype(float))
+    return float(found @ pcm[: len(found)]) / norm if len(found) == len(pcm) and norm else 0.0
+
+
+def pactl(*words):
+    return subprocess.run(["pactl", *words], capture_output=True, text=True, check=True).stdout
+
+
+def test_suspended_and_resumed(room):
+    with Ear() as ear:
+        ear.goes_on()
+        pactl("suspend-sink", "room", "1")
+        wait_for(lambda: ear.names == ["microphone_lost"], 15)
+        pactl("suspend-sink", "room", "0")
+        resumed_s = time.monotonic()
+        wait_for(lambda: ear.names == ["microphone_lost", "microphone_back"], 15)
+        assert time.monotonic() - resumed_s < 10
+        assert ear.source.counters.faults == 1
+
+
+def test_moved_to_another_microphone(room, speech):
+    """The stream goes on, with what the other one hears."""
+    pactl("load-module", "module-null-sink", "sink_name=other", f"rate={SAMPLE_RATE}", "channels=1")
+    with Ear() as ear:
+        ear.goes_on()
+        stream = pactl("list", "short", "source-outputs").split()[0]
+        pactl("move-source-output", stream, "other.monitor")
+        room.play(padded(speech), device="other")
+        ear.hears(speech)
+        assert ear.names in ([], ["microphone_lost", "microphone_back"])
+
+
+def test_its_microphone_is_taken_away_and_another_is_there(room, speech):
+    pactl("load-module", "module-null-sink", "sink_name=other", f"rate={SAMPLE_RATE}", "channels=1")
+    with Ear() as ear:
+        ear.goes_on()
+        pactl("unload-module", "module-null-sink")  # all of them
+        wait_for(lambda: ear.names == ["microphone_lost"], 15)
+        pactl("load-module", "module-null-sink", "sink_name=third", "rate=48000", "channels=2")  # at another rate
+        wait_for(lambda: ear.names == ["microphone_lost", "microphone_back"], 15)
+        room.play(padded(speech), device="third")
+        ear.hears(speech)
+
+
+def test_open_but_silent(room, speech):
+    """A null sink that nothing plays to brings zeros, as a muted microphone does."""
+    with Ear(silent_s=1.0) as ear:
+        wait_for(lambda: ear.names == ["microphone_silent"], 15)
+        assert "nothing but 0 for 1 s" in ear.events[0][1]
+        room.play(padded(speech))
+        wait_for(lambda: ear.names[:2] == ["microphone_silent", "microphone_back"], 15)
+
+
+def test_a_server_that_hangs_is_like_one_that_is_gone(room):
+    with Ear() as ear:
+        ear.goes_on()
+        room.freeze()
+        wait_for(lambda: ear.names == ["microphone_lost"], 15)
+        room.thaw()
+        wait_for(lambda: ear.names == ["microphone_lost", "microphone_back"], 25)
+
+
+def test_an_alsa_device_that_reads_a_file(room, speech, tmp_path):
+    """ALSA's `file` plug-in, at the pace of the made-up sound card."""
+    (tmp_path / "speech.raw").write_bytes(padded(speech).tobytes())
+    with (tmp_path / "asound.conf").open("a") as conf:
+        conf.write(
+            'pcm.recording { type file slave.pcm "room" file "/dev/null" format "raw" '
+            f'infile "{tmp_path / "speech.raw"}" hint {{ show on description "recording" }} }}\n'
+        )
+    with Ear(device="recording") as ear:
+        ear.hears(speech)
+        assert ear.names == []
