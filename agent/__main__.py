@@ -49,8 +49,9 @@ def run(
     settings = configs.load(config, {"recogniser.bundle": bundle, "mqtt.url": broker})
     opened = opened_bundle(settings)
 
-    def make(on_event: Callable[[str, str], None]) -> Source:
-        plain = open_source(source, settings.source, on_event=on_event, must_exist="INVOCATION_ID" not in os.environ)
+    def make(on_event: Callable[[str, str], None], beat: Callable[[float], None]) -> Source:
+        must_exist = "INVOCATION_ID" not in os.environ  # systemd's service waits for its microphone
+        plain = open_source(source, settings.source, on_event=on_event, beat=beat, must_exist=must_exist)
         return paced(plain) if pace else plain
 
     pipeline = Pipeline(settings, opened, make, cache_dir(settings))

@@ -75,7 +75,7 @@ class ConfirmedGate:
         """Say what was dropped: to whoever was not heard, it would look like a deaf device."""
         if not self._is_confirmed:
             self.n_rejected += 1
-            log.info("utterance %d, up to sample %d, is not held to be speech", last.utterance, last.speech_end)
+            log.debug("utterance %d, up to sample %d, is not held to be speech", last.utterance, last.speech_end)
 
     def _listen(self, pcm: Pcm16) -> bool:
         """Whether somebody is sure to speak, with what `pcm` adds."""

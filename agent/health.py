@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 
 logger = logging.getLogger(__name__)
+SLACK_S = 10.0  # a busy machine and a slow card may keep a stage for this much longer than it has promised
 
 
 class Notifier:
@@ -48,25 +51,30 @@ class Notifier:
 
 
 class Heartbeat:
-    """When each stage was last alive, against how long it may be silent. Stages beat from their own threads."""
+    """Until when each stage has promised to show that it lives. Stages call from their own threads.
 
-    def __init__(self) -> None:
-        self._bounds_s: dict[str, float] = {}
-        self._last_s: dict[str, float] = {}
+    A promise is as long as what the stage is about to do may take, so that a loop may wait for a minute, and an engine
+    may work for as long as it is allowed to, without anybody being held for dead.
+    """
 
-    def watch(self, stage: str, bound_s: float, now_s: float) -> None:
-        """Expect `stage` to beat at least every `bound_s` seconds from `now_s` (monotonic) on."""
-        self._last_s[stage] = now_s
-        self._bounds_s[stage] = bound_s
+    def __init__(self, clock: Callable[[], float] = time.monotonic, slack_s: float = SLACK_S) -> None:
+        self._clock = clock
+        self._slack_s = slack_s
+        self._due_s: dict[str, float] = {}
 
-    def beat(self, stage: str, now_s: float) -> None:
-        """Note that `stage` is alive at `now_s` (monotonic)."""
-        self._last_s[stage] = now_s
+    def beat(self, stage: str, within_s: float) -> None:
+        """Note that `stage` is alive, and will be here again within so many seconds."""
+        self._due_s[stage] = self._clock() + within_s + self._slack_s
+
+    def of(self, stage: str) -> Callable[[float], None]:
+        """`beat` for one stage."""
+        return partial(self.beat, stage)
 
     def forget(self, stage: str) -> None:
         """Expect nothing of a stage that has ended in good order."""
-        self._bounds_s.pop(stage, None)
+        self._due_s.pop(stage, None)
 
-    def stale(self, now_s: float) -> list[str]:
-        """Stages that have been silent for longer than their bound."""
-        return [stage for stage, bound_s in list(self._bounds_s.items()) if now_s - self._last_s[stage] > bound_s]
+    def stale(self) -> list[str]:
+        """Stages that did not keep their promise."""
+        now_s = self._clock()
+        return [stage for stage, due_s in list(self._due_s.items()) if now_s > due_s]

@@ -10,7 +10,7 @@ processes. Wall-clock time appears only in what leaves the device (`payloads.py`
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -100,3 +100,29 @@ class Envelope(msgspec.Struct, frozen=True):
     kind: Kind
     qos: int = 1
     retain: bool = False
+
+
+class Outbox(Protocol):
+    """Where messages wait; none of its calls does. See `outbox.py`."""
+
+    @property
+    def depth(self) -> int:
+        """Messages that wait or are in flight."""
+
+    def put(self, envelope: Envelope) -> int | None:
+        """Store an envelope."""
+
+    def take(self, limit: int) -> list[tuple[int, Envelope]]:
+        """Oldest waiting envelopes with their ids; they are in flight from now on."""
+
+    def ack(self, message_id: int) -> None:
+        """Forget an envelope that was delivered."""
+
+    def discard(self, message_id: int) -> None:
+        """Forget an envelope that can never be delivered."""
+
+    def requeue(self) -> None:
+        """Put everything that is in flight back in its place."""
+
+    def dropped(self) -> dict[Kind, int]:
+        """Messages lost so far, by kind."""

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 from paho.mqtt.reasoncodes import ReasonCode
@@ -23,41 +22,16 @@ from whisperlet.errors import ConfigError
 from .broker import Broker
 from .config import MqttConfig
 from .link import CONNECT_TIMEOUT_S, Link, Waker
-from .messages import Envelope, Kind
+from .messages import Envelope, Kind, Outbox
 from .patience import Patience
-from .payloads import InfoPayload, status_payload, to_envelope
+from .payloads import Condition, InfoPayload, status_payload, to_envelope
 
 MAX_PARTIALS = 8  # that wait to be sent; the oldest goes first
+RESOLVE_S = 60.0  # that the system may take to find the broker's address
 FAREWELL_S = 1.0  # to have `offline` acknowledged when the agent stops
 TURN_S = 1.0  # longest sleep while connected; keep-alive is looked at in between
 
 logger = logging.getLogger(__name__)
-
-
-class Outbox(Protocol):
-    """Where messages wait; none of its calls does. See `outbox.py`."""
-
-    @property
-    def depth(self) -> int:
-        """Messages that wait or are in flight."""
-
-    def put(self, envelope: Envelope) -> int | None:
-        """Store an envelope."""
-
-    def take(self, limit: int) -> list[tuple[int, Envelope]]:
-        """Oldest waiting envelopes with their ids; they are in flight from now on."""
-
-    def ack(self, message_id: int) -> None:
-        """Forget an envelope that was delivered."""
-
-    def discard(self, message_id: int) -> None:
-        """Forget an envelope that can never be delivered."""
-
-    def requeue(self) -> None:
-        """Put everything that is in flight back in its place."""
-
-    def dropped(self) -> dict[Kind, int]:
-        """Messages lost so far, by kind."""
 
 
 class PublisherCounts(msgspec.Struct, frozen=True):
@@ -83,6 +57,8 @@ class Publisher:
         info: InfoPayload,
         on_event: Callable[[str, str], None],
         *,
+        condition: Callable[[], Condition | None] = lambda: None,
+        beat: Callable[[float], None] = lambda _within_s: None,
         rng: Callable[[], float] = random.random,
         takeover_retry_s: float = 30.0,
     ) -> None:
@@ -90,7 +66,8 @@ class Publisher:
         self._broker = Broker.of(config)
         self._outbox = outbox
         self._info = info
-        self._on_event = on_event
+        self._on_event, self._condition, self._beat = on_event, condition, beat
+        self._has_news = threading.Event()  # the retained status is to be written again
         self._patience = Patience(config, takeover_retry_s, on_event, rng)
         self._in_flight: dict[int, tuple[int | None, str]] = {}  # by paho's id: id in the outbox, topic
         self._lock = threading.Lock()  # guards the next three
@@ -113,6 +90,11 @@ class Publisher:
             self._put_partial(envelope)
         else:
             self._outbox.put(envelope)
+        self._waker.wake()
+
+    def renew_status(self) -> None:
+        """Write the retained status again; a new connection does by itself."""
+        self._has_news.set()
         self._waker.wake()
 
     def stop(self, timeout_s: float) -> None:
@@ -150,7 +132,9 @@ class Publisher:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._stop.wait(self._attempt())
+            wait_s = self._attempt()
+            self._beat(wait_s)
+            self._stop.wait(wait_s)
         if self._outbox.depth and self._time_left_s() > 0:  # stopped while it waited to connect again
             self._attempt()
 
@@ -179,6 +163,7 @@ class Publisher:
             self._patience.complain(f"{error}; the former login holds")
 
     def _open(self, link: Link) -> bool:
+        self._beat(RESOLVE_S + CONNECT_TIMEOUT_S)
         try:
             link.connect()
         except OSError as error:
@@ -194,12 +179,14 @@ class Publisher:
             self._greet(link)
         while link.is_up and not self._is_done():
             self._send_partials(link)
+            self._send_status(link)
             self._send_waiting(link)
             self._turn(link)
         if link.is_up:
             self._say_goodbye(link)
 
     def _turn(self, link: Link) -> None:
+        self._beat(TURN_S)
         link.turn(self._waker, max(0.0, min(TURN_S, self._time_left_s())))
 
     def _time_left_s(self) -> float:
@@ -215,9 +202,17 @@ class Publisher:
         self._patience.forgive()
         self._count("connects")
         self._is_connected = True
-        for payload in (status_payload(self._info.session, "connected"), self._info):
-            self._publish(link, to_envelope(payload), None)
+        self._has_news.set()
+        self._send_status(link)
+        self._publish(link, to_envelope(self._info), None)
         self._report_drops()
+
+    def _send_status(self, link: Link) -> None:
+        """Past the outbox, where it could wait until it is not true any more."""
+        if self._has_news.is_set():
+            self._has_news.clear()
+            payload = status_payload(self._info.session, "connected", self._condition())
+            self._publish(link, to_envelope(payload), None)
 
     def _report_drops(self) -> None:
         if (dropped := self._outbox.dropped()) != self._reported_drops:

@@ -36,13 +36,26 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True):
     """Something that is published."""
 
 
+MicrophoneState = Literal["starting", "listening", "silent", "lost"]
+
+
+class Condition(Payload, frozen=True):
+    """How an agent is that is there."""
+
+    microphone: Annotated[MicrophoneState, Meta(description="silent: open, but it brings only one number")]
+    muted: bool
+    hop_ms: Annotated[float, Meta(gt=0, description="speech between two partials; null: finals only")] | None
+    outbox_messages: Annotated[int, Meta(ge=0, description="waiting when this was written")]
+
+
 class StatusPayload(Payload, frozen=True):
-    """Whether the agent is there; retained, and the last will."""
+    """Whether the agent is there, and how; retained, and the last will. Written again when that changes."""
 
     state: Literal["online", "offline"]
     reason: Literal["connected", "stopped", "connection_lost"]
     session: Session
     time_utc: Utc | None  # None in the last will: the broker sends it later, and does not say when
+    condition: Condition | None  # None while offline
 
 
 class Versions(Payload, frozen=True):
@@ -140,6 +153,7 @@ class CounterValues(Payload, frozen=True):
     reconnects: Total
     dropped_samples: Annotated[int, Meta(ge=0, description="audio lost; since the agent started")]
     source_overflows: Annotated[int, Meta(ge=0, description="of the capture driver; since the agent started")]
+    source_faults: Annotated[int, Meta(ge=0, description="microphone lost or silent; since the agent started")]
 
 
 class Energy(Payload, frozen=True):
@@ -188,11 +202,15 @@ def _installed(distribution: str) -> str | None:
         return None
 
 
-def status_payload(session: str, reason: Literal["connected", "stopped", "connection_lost"]) -> StatusPayload:
+def status_payload(
+    session: str,
+    reason: Literal["connected", "stopped", "connection_lost"],
+    condition: Condition | None = None,
+) -> StatusPayload:
     """Online when connected, offline for any other reason."""
     time_utc = None if reason == "connection_lost" else rfc3339(time.time())
     state: Literal["online", "offline"] = "online" if reason == "connected" else "offline"
-    return StatusPayload(state=state, reason=reason, session=session, time_utc=time_utc)
+    return StatusPayload(state=state, reason=reason, session=session, time_utc=time_utc, condition=condition)
 
 
 def event_payload(session: str, name: str, detail: str = "") -> EventPayload:

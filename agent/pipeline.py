@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import threading
 import time
@@ -23,7 +24,6 @@ from whisperlet.errors import AudioError
 from .clock import Clock, rfc3339
 from .config import Config
 from .confirm import ConfirmedGate
-from .health import Notifier
 from .inventory import config_sha256, hardware, system
 from .messages import AudioChunk, SpeechChunk, Transcript
 from .mqtt import Publisher
@@ -44,11 +44,14 @@ from .sources import Source
 from .supervisor import Supervisor
 from .telemetry import Delivery, Telemetry
 from .vad import Hearing
+from .vitals import Sensed, Vitals
 
 log = logging.getLogger(__name__)
 DRAIN_S = 10.0  # for the last finals when the agent stops
 FLUSH_S = 5.0  # for the last messages
 RUNTIME = "ai-edge-litert"
+EAR_S = 30.0  # within which audio comes, or the microphone says that there is none
+PULSE_S = 5.0  # between two looks at the other stages, at most
 
 
 def listen(
@@ -69,29 +72,46 @@ class Pipeline:
     """An agent at work. `run` listens until the source ends or `stop` is called from elsewhere."""
 
     def __init__(
-        self, config: Config, bundle: Bundle, source: Callable[[Callable[[str, str], None]], Source], cache_dir: Path
+        self,
+        config: Config,
+        bundle: Bundle,
+        source: Callable[[Callable[[str, str], None], Callable[[float], None]], Source],
+        cache_dir: Path,
     ) -> None:
         self.config = config
         self.session = new_session()
         self.telemetry = Telemetry(self.session, energy=RaplMeter().read)
         self.outbox = MemoryOutbox(config.mqtt.queue_messages)
-        self.publisher = Publisher(named(config).mqtt, self.outbox, self._info(bundle), self.report)
-        self.supervisor = Supervisor(bundle.path, config.recogniser, cache_dir, self._on_transcript, self.report)
+        self.vitals = Vitals(self._sense, self._renew_status, self.report)
+        beats = self.vitals.heartbeat
+        self.publisher = Publisher(
+            named(config).mqtt,
+            self.outbox,
+            self._info(bundle),
+            self.report,
+            condition=self.vitals.condition,
+            beat=beats.of("publisher"),
+        )
+        self.supervisor = Supervisor(
+            bundle.path, config.recogniser, cache_dir, self._on_transcript, self.report, beats.of("engine")
+        )
         self.gate = ConfirmedGate(config.vad)
-        self.source = source(self._on_source_event)
-        self._notifier = Notifier()
+        self._beat_ear = beats.of("ear")  # source and gate, which share a loop
+        self.source = source(self._on_source_event, self._beat_ear)
         self._anchor = (0, time.monotonic())  # a sample, and when it was captured
         self._said: tuple[int, int, str, int] | None = None  # last; a partial without news is not sent
+        self._is_realtime = False
         self._stopping = threading.Event()
         self._pulse = threading.Thread(target=self._run_pulse, name="pulse", daemon=True)
 
     def run(self, *, realtime: bool) -> None:
         """Listen. Without `realtime` the source waits for the engine. Raises BundleError or AudioError."""
+        self._is_realtime = realtime
         self.publisher.start()
         try:
             log.info("engine ready in %.1f s", self.supervisor.start())
             self._pulse.start()
-            self._notifier.ready()
+            self.vitals.notifier.ready()
             listen(self.source, self.gate, lambda speech: self.supervisor.submit(speech, wait=not realtime), self._note)
         except AudioError as error:
             self.report("source_failed", str(error))
@@ -110,7 +130,8 @@ class Pipeline:
             stages.callback(self._stop_pulse)
             stages.callback(self._stop_engine)
             stages.callback(self.source.close)
-            self._notifier.stopping()
+            stages.callback(self.vitals.heartbeat.forget, "ear")
+            self.vitals.notifier.stopping()
 
     def _stop_engine(self) -> None:
         if not self.supervisor.drain(DRAIN_S if self.supervisor.pid else 0):
@@ -127,6 +148,7 @@ class Pipeline:
         if name == "microphone_lost":  # whoever was speaking is not left waiting for its return
             for speech in self.gate.flush():
                 self.supervisor.submit(speech)
+        self.vitals.note_event(name)
         self.report(name, detail)
 
     def report(self, name: str, detail: str) -> None:
@@ -137,6 +159,9 @@ class Pipeline:
 
     def _note(self, chunk: AudioChunk) -> None:
         self._anchor = (chunk.end, chunk.arrived_monotonic_s)
+        if self._is_realtime:  # a file may have to wait for the engine
+            self._beat_ear(EAR_S)
+        self.vitals.note_audio()
 
     def _on_transcript(self, transcript: Transcript) -> None:
         """Called from the engine link's thread, which must not die of one transcript."""
@@ -165,10 +190,10 @@ class Pipeline:
     def _run_pulse(self) -> None:
         """Telemetry at its interval, signs of life at systemd's."""
         interval_s = self.config.telemetry.interval_s
-        beat_s = min(interval_s, (self._notifier.watchdog_s or 2 * interval_s) / 2)
+        pulse_s = min(PULSE_S, (self.vitals.notifier.watchdog_s or math.inf) / 4)
         due_s = time.monotonic() + interval_s
-        while not self._stopping.wait(beat_s):
-            self._notifier.watchdog()
+        while not self._stopping.wait(max(0.0, min(pulse_s, due_s - time.monotonic()))):
+            self.vitals.turn()
             if time.monotonic() >= due_s:
                 due_s += interval_s
                 self._try_telemetry()
@@ -194,6 +219,12 @@ class Pipeline:
         )
         self._publish(self.telemetry.snapshot(delivery, self.supervisor.backlog_s, self.supervisor.hop_ms))
 
+    def _renew_status(self) -> None:
+        self.publisher.renew_status()
+
+    def _sense(self) -> Sensed:
+        return Sensed(self.supervisor.hop_ms, self.outbox.depth, self.publisher.is_connected)
+
     def _collect_counters(self) -> None:
         """Take over what the stages count by themselves."""
         counters, engine, lost = self.telemetry.counters, self.supervisor.counters, self.source.counters
@@ -202,6 +233,7 @@ class Pipeline:
         counters.dropped_segments, counters.failed_segments = engine.dropped_segments, engine.failed_segments
         counters.rejected_segments = self.gate.n_rejected
         counters.dropped_samples, counters.source_overflows = lost.dropped_samples, lost.overflows
+        counters.source_faults = lost.faults
 
     def _info(self, bundle: Bundle) -> InfoPayload:
         manifest = bundle.manifest

@@ -21,7 +21,7 @@ from whisperlet.audio import SAMPLE_RATE
 from whisperlet.errors import BundleError
 
 from .config import RecogniserConfig
-from .engine_process import EngineLost, EngineProcess
+from .engine_process import START_TIMEOUT_S, EngineLost, EngineProcess
 from .messages import SpeechChunk, Transcript
 from .protocol import Batch, Heard
 
@@ -32,6 +32,8 @@ MAX_ATTEMPTS = 3  # then a segment that kills the engine is given up
 RESTART_MAX_S = 30.0
 STOP_S = 1.0  # for what the engine is at when it is stopped
 PACE_NEWS_S = 5.0  # at least, between two events about the engine's pace
+IDLE_S = 20.0  # the longest sleep of a loop that has nothing to do
+CLOSE_S = 10.0  # at most, to put an end to an engine
 
 
 class Pending(msgspec.Struct):
@@ -64,9 +66,10 @@ class Supervisor:
         cache_dir: Path,
         on_transcript: Callable[[Transcript], None],
         on_event: Callable[[str, str], None],
+        beat: Callable[[float], None] = lambda _within_s: None,
     ) -> None:
         self._bundle, self._config, self._cache_dir = bundle, config, cache_dir
-        self._on_transcript, self._on_event = on_transcript, on_event
+        self._on_transcript, self._on_event, self._beat = on_transcript, on_event, beat
         self.counters = EngineCounters()
         self._pending: dict[tuple[int, int], Pending] = {}  # in the order of speech
         self._changed = threading.Condition()
@@ -153,6 +156,7 @@ class Supervisor:
                 if self._engine is None:
                     self._restart()
                 assert self._engine is not None
+                self._beat(self._config.reply_timeout_s + CLOSE_S)
                 self._deliver(self._engine.hear(batch, self._config.reply_timeout_s))
             except EngineLost as error:
                 if not self._stopping:
@@ -161,12 +165,17 @@ class Supervisor:
     def _next_batch(self) -> Batch | None:
         """Everything that was not sent yet, or None to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or any(map(_unsent, self._pending.values())))
+            self._beat(IDLE_S)
+            while not self._changed.wait_for(self._has_news, IDLE_S):
+                self._beat(IDLE_S)
             if self._stopping:
                 return None
             unsent = [pending for pending in self._pending.values() if _unsent(pending)]
             n = 1 if unsent[0].n_lost else len(unsent)  # the segment that takes engines down goes without the others
             return Batch([_take_unsent(pending) for pending in unsent[:n]], self._is_live)
+
+    def _has_news(self) -> bool:
+        return self._stopping or any(map(_unsent, self._pending.values()))
 
     def _deliver(self, heard: Heard) -> None:
         self.counters.busy_s += heard.busy_s
@@ -235,6 +244,7 @@ class Supervisor:
         """Start another engine, with growing pauses while that fails."""
         wait_s = 0.5
         while not self._stopping:
+            self._beat(START_TIMEOUT_S + CLOSE_S + wait_s)
             self._engine = EngineProcess(self._bundle, self._config, self._cache_dir)
             try:
                 log.info("engine restarted in %.1f s", self._engine.wait_ready())

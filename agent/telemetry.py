@@ -34,6 +34,7 @@ class Counters(msgspec.Struct):
     failed_reports: int = 0  # of telemetry
     dropped_samples: int = 0  # of audio
     source_overflows: int = 0  # of the capture driver
+    source_faults: int = 0  # times the microphone was lost or silent
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,9 +26,10 @@ ALLOWED = {
     "messages": set(),
     "config": set(),
     # audio
-    "sources": {"audio_files", "microphone", "ring"},
+    "sources": {"audio_files", "reopening", "ring"},
     "audio_files": {"resampling"},
     "microphone": {"quiet", "resampling", "ring"},
+    "reopening": {"microphone", "ring"},
     "resampling": set(),
     "ring": set(),
     "vad": set(),
@@ -59,6 +60,7 @@ ALLOWED = {
     "power": {"payloads"},
     "telemetry": {"clock", "payloads"},
     "health": set(),
+    "vitals": {"health", "payloads"},
 }
 
 

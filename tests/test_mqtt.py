@@ -110,7 +110,7 @@ def test_last_will_says_offline(broker, version, links, monkeypatch):
         monkeypatch.setattr(Link, "connect", lambda self: (_ for _ in ()).throw(OSError("the cable is out")))
         cut(links[0])
         wait_for(lambda: len(subscriber.on("status")) == 2)
-        will = {"state": "offline", "reason": "connection_lost", "session": "s1", "time_utc": None}
+        will = {"state": "offline", "reason": "connection_lost", "session": "s1", "time_utc": None, "condition": None}
         assert subscriber.on("status")[1] == will
         wait_for(lambda: not agent.is_connected)
 

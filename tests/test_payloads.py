@@ -59,6 +59,7 @@ def telemetry(**changes):
             reconnects=0,
             dropped_samples=0,
             source_overflows=0,
+            source_faults=0,
         ),
         energy=None,
     )
@@ -80,7 +81,9 @@ def info(bundle):
 
 
 EXAMPLES = [
-    payloads.status_payload("s1", "connected"),
+    payloads.status_payload(
+        "s1", "connected", payloads.Condition(microphone="lost", muted=False, hop_ms=None, outbox_messages=3)
+    ),
     payloads.status_payload("s1", "stopped"),
     payloads.status_payload("s1", "connection_lost"),
     info(None),

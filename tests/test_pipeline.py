@@ -175,7 +175,7 @@ def make(monkeypatch, tmp_path, broker, clips):
     made = []
 
     def make():
-        made.append(Pipeline(config, bundle, lambda _on_event: paced(Talk(named(clips, "1995-1837-0001"))), tmp_path))
+        made.append(Pipeline(config, bundle, lambda *_: paced(Talk(named(clips, "1995-1837-0001"))), tmp_path))
         return made[-1]
 
     yield make
@@ -251,7 +251,7 @@ def test_a_report_that_fails_is_counted_and_the_next_one_comes(make, broker, mon
     pipeline = make()
     beats = []
     monkeypatch.setattr(
-        pipeline._notifier, "watchdog", lambda: beats.append(pipeline.telemetry.counters.failed_reports)
+        pipeline.vitals.notifier, "watchdog", lambda: beats.append(pipeline.telemetry.counters.failed_reports)
     )
 
     def failing(*args, plain=pipeline.telemetry.snapshot):
@@ -276,6 +276,7 @@ def test_telemetry_tells_what_the_stages_counted(make):
     counters = engine.counters
     counters.restarts, counters.skipped_partials, counters.dropped_segments, counters.failed_segments = 1, 2, 3, 4
     gate.n_rejected, source.counters.dropped_samples, source.counters.overflows = 5, 6, 7
+    source.counters.faults = 8
     published = []
     pipeline._publish = published.append
     for hop_ms in (600.0, None):
@@ -289,5 +290,6 @@ def test_telemetry_tells_what_the_stages_counted(make):
         4,
     )
     assert (found.rejected_segments, found.dropped_samples, found.source_overflows) == (5, 6, 7)
+    assert found.source_faults == 8
     assert [report.hop_ms for report in published] == [600.0, None]
     pipeline.publisher.stop(0)

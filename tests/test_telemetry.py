@@ -1,6 +1,4 @@
-import logging
 import multiprocessing
-import socket
 import time
 from types import SimpleNamespace
 
@@ -9,7 +7,6 @@ import psutil
 import pytest
 
 from agent.clock import Clock
-from agent.health import Heartbeat, Notifier
 from agent.messages import Kind, Transcript
 from agent.payloads import Energy, final_payload, partial_payload
 from agent.power import RaplMeter
@@ -168,44 +165,3 @@ def test_energy_is_never_guessed(tmp_path):
     zone(tmp_path, "intel-rapl:1", "package-1", 0)
     assert meter.read() is None  # since when?
     assert meter.read() == Energy(joules=0.0, source="rapl")
-
-
-@pytest.mark.parametrize("form", ["path", "abstract"])
-def test_systemd_is_told(tmp_path, form):
-    address = f"{tmp_path}/notify" if form == "path" else f"@whisperlet-{tmp_path.name}-{time.monotonic_ns()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(address.replace("@", "\0"))
-        systemd.settimeout(2)
-        notifier = Notifier({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "30000000"})
-        notifier.ready()
-        notifier.status("listening\nand more")
-        notifier.watchdog()
-        notifier.stopping()
-        assert [systemd.recv(100) for _ in range(4)] == [b"READY=1", b"STATUS=listening", b"WATCHDOG=1", b"STOPPING=1"]
-    assert notifier.watchdog_s == 30.0
-
-
-def test_without_systemd_nothing_happens(caplog):
-    notifier = Notifier({})
-    notifier.ready()
-    assert notifier.watchdog_s is None
-    assert not caplog.records
-
-
-def test_a_deaf_systemd_is_logged(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        Notifier({"NOTIFY_SOCKET": f"{tmp_path}/nobody"}).watchdog()
-    assert "systemd was not told WATCHDOG=1" in caplog.text
-
-
-def test_heartbeat_names_the_silent():
-    heartbeat = Heartbeat()
-    heartbeat.watch("gate", 1.0, now_s=10.0)
-    heartbeat.watch("engine", 5.0, now_s=10.0)
-    assert heartbeat.stale(11.0) == []
-    assert heartbeat.stale(11.5) == ["gate"]
-    assert heartbeat.stale(15.5) == ["gate", "engine"]
-    heartbeat.beat("gate", 15.0)
-    assert heartbeat.stale(15.5) == ["engine"]
-    heartbeat.forget("engine")
-    assert heartbeat.stale(99.0) == ["gate"]
