@@ -50,15 +50,20 @@ ALLOWED = {
     # publishing
     "clock": set(),
     "inventory": set(),
-    "payloads": {"clock", "inventory"},
+    "payloads": {"clock", "inventory", "measurements"},
     "outbox": set(),
     "broker": set(),
     "link": {"broker"},
     "patience": {"broker", "link"},
     "mqtt": {"broker", "link", "patience", "payloads"},
     # the agent about itself
-    "power": {"payloads"},
-    "telemetry": {"clock", "payloads"},
+    "sysfs": set(),
+    "measurements": set(),
+    "power": {"measurements", "sysfs"},
+    "energy": {"measurements", "power"},
+    "thermal": {"sysfs"},
+    "monitor": {"energy", "measurements", "power", "thermal"},
+    "telemetry": {"clock", "measurements", "payloads"},
     "health": set(),
     "vitals": {"health", "payloads"},
 }
