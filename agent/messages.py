@@ -10,6 +10,7 @@ processes. Wall-clock time appears only in what leaves the device (`payloads.py`
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -83,15 +84,6 @@ class Transcript(msgspec.Struct, frozen=True, tag=True):
         return self.utterance, self.segment
 
 
-class Thrift(enum.IntEnum):
-    """What the device does without, because it is hot; each level goes without what the one before it does, too."""
-
-    NORMAL = 0
-    LONGER_HOP = 1  # half of the partials
-    NO_PARTIALS = 2
-    FINALS_ONLY = 3  # none is heard in advance, and what is hardly speech is not heard at all
-
-
 class Kind(enum.StrEnum):
     """What an envelope holds; the outbox drops by kind when it is full, telemetry first."""
 
@@ -109,10 +101,14 @@ class Envelope(msgspec.Struct, frozen=True):
     kind: Kind
     qos: int = 1
     retain: bool = False
+    historical: bool = False  # sent late: no news, but a record
 
 
 class Outbox(Protocol):
     """Where messages wait; none of its calls does. See `outbox.py`."""
+
+    def watch(self, on_ready: Callable[[], None]) -> None:
+        """Have `on_ready` called, from any thread, whenever there is something to take."""
 
     @property
     def depth(self) -> int:

@@ -5,10 +5,27 @@ from pathlib import Path
 
 import pytest
 import toy
+from outboxes import Boxes
 
 from agent.engine import InterpreterEngine, LiteRtEngine
 from whisperlet.bundle import open_bundle
 from whisperlet.errors import BundleError
+
+
+@pytest.fixture(autouse=True)
+def state_dir(monkeypatch, tmp_path_factory):
+    """Every test's agents keep their messages for themselves."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    return folder / "whisperlet"
+
+
+@pytest.fixture
+def boxes(state_dir):
+    made = Boxes(state_dir)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from agent.inventory import hardware, system
 from agent.link import Link
 from agent.messages import Envelope, Kind
 from agent.mqtt import MAX_PARTIALS, Publisher
-from agent.outbox import MemoryOutbox
+from agent.outbox import Limits, MemoryOutbox
 from agent.payloads import InfoPayload, Versions
 
 INFO = InfoPayload(
@@ -45,7 +45,7 @@ class Agent(Publisher):
 
     def __init__(self, port, *, takeover_retry_s=30.0, capacity=1000, rng=lambda: 0.0, **config):
         values = {"device": "dev", "reconnect_min_s": 0.1, "reconnect_max_s": 1.0, "will_delay_s": 0} | config
-        self.outbox = MemoryOutbox(capacity)
+        self.outbox = MemoryOutbox(Limits(messages=capacity))
         self.events = []
         config = MqttConfig(url=f"mqtt://127.0.0.1:{port}", **values)
         super().__init__(config, self.outbox, INFO, self._note, rng=rng, takeover_retry_s=takeover_retry_s)

@@ -6,7 +6,7 @@ from test_mqtt import INFO
 
 from agent.config import MqttConfig
 from agent.mqtt import Publisher
-from agent.outbox import MemoryOutbox
+from agent.outbox import Limits, MemoryOutbox
 from agent.payloads import Condition
 
 pytestmark = needs_mosquitto
@@ -19,7 +19,7 @@ class Agent:
 
     def __init__(self, port):
         self.condition, self.promises_s = LISTENING, []
-        self.outbox = MemoryOutbox(100)
+        self.outbox = MemoryOutbox(Limits(messages=100))
         config = MqttConfig(url=f"mqtt://127.0.0.1:{port}", device="dev", reconnect_min_s=0.1, reconnect_max_s=1.0)
         self.publisher = Publisher(
             config,
