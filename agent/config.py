@@ -79,35 +79,23 @@ class MqttConfig(Section, frozen=True):
     will_delay_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 30  # MQTT 5 only
     reconnect_min_s: Annotated[float, msgspec.Meta(ge=0.1, le=60)] = 1.0
     reconnect_max_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 60.0
-    queue_messages: Annotated[int, msgspec.Meta(ge=10, le=1_000_000)] = 10_000  # kept while the broker is away
+
+
+class OutboxConfig(Section, frozen=True):
+    """What is kept until the broker has it."""
+
+    durable: bool = True  # on disk; False: in memory
+    dir: str | None = None  # None: $STATE_DIRECTORY, else $XDG_STATE_HOME/whisperlet
+    max_messages: Annotated[int, msgspec.Meta(ge=10, le=1_000_000)] = 50_000
+    max_bytes: Annotated[int, msgspec.Meta(ge=100_000, le=10_000_000_000)] = 32_000_000
+    max_age_s: Annotated[float, msgspec.Meta(ge=60, le=315_360_000)] = 2_592_000.0  # of finals and events
+    telemetry_max_age_s: Annotated[float, msgspec.Meta(ge=60, le=315_360_000)] = 604_800.0
 
 
 class TelemetryConfig(Section, frozen=True):
     """What is measured of the agent itself."""
 
     interval_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 30.0
-    sample_s: Annotated[float, msgspec.Meta(ge=0.1, le=30)] = 2.0  # between two looks at power and heat
-
-
-class PowerConfig(Section, frozen=True):
-    """Where energy is measured."""
-
-    source: Literal["auto", "hwmon", "rpi_pmic", "rapl", "battery", "model", "none"] = "auto"
-    hwmon_channel: str | None = None  # chip/label, where there are several
-    core_watts: Annotated[float, msgspec.Meta(gt=0, le=200)] | None = None  # of a busy core; None: no estimate
-    sysfs_dir: str = "/sys"
-
-
-class ThermalConfig(Section, frozen=True):
-    """From which heat on what is done without."""
-
-    enabled: bool = True
-    longer_hop_c: Annotated[float, msgspec.Meta(ge=30, le=120)] = 80.0
-    no_partials_c: Annotated[float, msgspec.Meta(ge=30, le=120)] = 85.0
-    finals_only_c: Annotated[float, msgspec.Meta(ge=30, le=120)] = 90.0
-    hysteresis_c: Annotated[float, msgspec.Meta(ge=1, le=30)] = 5.0
-    rise_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 10.0  # of heat, before each step
-    dwell_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 60.0  # of less heat, before each step back
 
 
 class Config(Section, frozen=True):
@@ -117,9 +105,8 @@ class Config(Section, frozen=True):
     vad: VadConfig = VadConfig()
     recogniser: RecogniserConfig = RecogniserConfig()
     mqtt: MqttConfig = MqttConfig()
+    outbox: OutboxConfig = OutboxConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
-    power: PowerConfig = PowerConfig()
-    thermal: ThermalConfig = ThermalConfig()
 
 
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
@@ -165,11 +152,6 @@ def _checked(config: Config, origin: str) -> Config:
         raise ConfigError(f"{origin}: mqtt.device: {config.mqtt.device!r} is empty or contains one of / + #")
     if config.vad.cut_window_s >= config.vad.max_segment_s:
         raise ConfigError(f"{origin}: vad.cut_window_s: must be less than vad.max_segment_s")
-    thermal = config.thermal
-    if not thermal.longer_hop_c < thermal.no_partials_c < thermal.finals_only_c:
-        raise ConfigError(f"{origin}: thermal: longer_hop_c, no_partials_c and finals_only_c must grow in this order")
-    if config.power.source == "model" and config.power.core_watts is None:
-        raise ConfigError(f'{origin}: power.core_watts: must be set for power.source = "model"')
     return config
 
 
@@ -194,3 +176,10 @@ def checked_language(language: str, known: dict[str, int]) -> str | None:
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/whisperlet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whisperlet"
+
+
+def default_state_dir() -> Path:
+    """The first of systemd's $STATE_DIRECTORY, else $XDG_STATE_HOME/whisperlet."""
+    if given := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]:
+        return Path(given)
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "whisperlet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -43,6 +44,14 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     kernel: str
 
 
+class Versions(msgspec.Struct, frozen=True, kw_only=True):
+    """What runs."""
+
+    agent: str
+    runtime: str | None  # name and version of the library that runs the model
+    python: str
+
+
 def hardware(root: Path = Path("/")) -> Hardware:
     """The machine that this is, or the one whose /etc, /proc and /sys lie below `root`."""
     return Hardware(
@@ -61,6 +70,22 @@ def system() -> System:
     except OSError:
         name = platform.system()
     return System(os=name, kernel=platform.release())
+
+
+def versions(runtime: str) -> Versions:
+    """Installed versions; `runtime` is the distribution that runs the model."""
+    return Versions(
+        agent=_installed("whisperlet") or "unknown",
+        runtime=f"{runtime} {found}" if (found := _installed(runtime)) else None,
+        python=platform.python_version(),
+    )
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def machine_id(root: Path = Path("/")) -> str | None:

@@ -107,7 +107,10 @@ class Link:
     def publish(self, envelope: Envelope) -> int:
         """Send an envelope; returns paho's id for it."""
         topic = self._broker.topic(envelope.topic)
-        return self._client.publish(topic, envelope.payload, envelope.qos, envelope.retain).mid
+        properties = None
+        if envelope.historical and self._config.version == "5":
+            properties = _properties(PacketTypes.PUBLISH, UserProperty=[("historical", "true")])
+        return self._client.publish(topic, envelope.payload, envelope.qos, envelope.retain, properties).mid
 
     def turn(self, waker: Waker, timeout_s: float) -> None:
         """Wait for the network or for `waker`, then let paho read, write and look at the time."""
@@ -164,7 +167,7 @@ class Link:
         self._on_puback(mid, reason)
 
 
-def _properties(packet_type: int, **values: int) -> Properties:
+def _properties(packet_type: int, **values: Any) -> Properties:
     """MQTT 5 properties by their names in the standard."""
     properties = Properties(packet_type)  # type: ignore[no-untyped-call]  # paho annotates only its client
     for name, value in values.items():

@@ -24,7 +24,7 @@ from .config import MqttConfig
 from .link import CONNECT_TIMEOUT_S, Link, Waker
 from .messages import Envelope, Kind, Outbox
 from .patience import Patience
-from .payloads import Condition, InfoPayload, status_payload, to_envelope
+from .payloads import Condition, InfoPayload, historical, status_payload, to_envelope
 
 MAX_PARTIALS = 8  # that wait to be sent; the oldest goes first
 RESOLVE_S = 60.0  # that the system may take to find the broker's address
@@ -76,6 +76,7 @@ class Publisher:
         self._is_connected = False
         self._reported_drops: dict[Kind, int] = {}
         self._waker = Waker()
+        outbox.watch(self._waker.wake)
         self._stop = threading.Event()
         self._deadline_s = math.inf  # time.monotonic()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
@@ -88,9 +89,9 @@ class Publisher:
         """Have an envelope delivered; one with QoS 0 is for now or never."""
         if envelope.qos == 0:
             self._put_partial(envelope)
+            self._waker.wake()
         else:
             self._outbox.put(envelope)
-        self._waker.wake()
 
     def renew_status(self) -> None:
         """Write the retained status again; a new connection does by itself."""
@@ -230,7 +231,7 @@ class Publisher:
 
     def _send_waiting(self, link: Link) -> None:
         for message_id, envelope in self._outbox.take(max(0, link.max_in_flight - len(self._in_flight))):
-            self._publish(link, envelope, message_id)
+            self._publish(link, historical(envelope) if envelope.historical else envelope, message_id)
 
     def _publish(self, link: Link, envelope: Envelope, message_id: int | None) -> int:
         self._in_flight[mid := link.publish(envelope)] = message_id, envelope.topic

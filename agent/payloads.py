@@ -6,9 +6,7 @@ so every message carries every field; a reader ignores fields that it does not k
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import secrets
 import sys
 import time
@@ -19,8 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from .clock import Clock, rfc3339
-from .inventory import Hardware, System
-from .measurements import Energy, Heat, Otel
+from .inventory import Hardware, System, Versions
 from .messages import Envelope, Kind, Transcript
 
 Utc = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", description="UTC, RFC 3339")]
@@ -30,6 +27,7 @@ Count = Annotated[int, Meta(ge=0)]
 Total = Annotated[int, Meta(ge=0, description="since the agent started")]
 Sample = Annotated[int, Meta(ge=0, description="index of a sample since the source was opened")]
 Milliseconds = Annotated[float, Meta(ge=0, description="milliseconds")]
+Historical = Annotated[bool, Meta(description="comes late: from before a restart, or after a wait of more than 30 s")]
 Seconds = Annotated[float, Meta(ge=0, description="seconds")]
 
 
@@ -59,14 +57,6 @@ class StatusPayload(Payload, frozen=True):
     condition: Condition | None  # None while offline
 
 
-class Versions(Payload, frozen=True):
-    """What runs."""
-
-    agent: str
-    runtime: str | None  # name and version of the library that runs the model
-    python: str
-
-
 class BundleInfo(Payload, frozen=True):
     """The model."""
 
@@ -93,6 +83,7 @@ class TranscriptPayload(Payload, frozen=True):
     """Text of one segment. (session, utterance, segment, revision) names it, also when it comes twice."""
 
     session: Session
+    historical: Historical
     utterance: Count
     segment: Count  # within the utterance
     revision: Count  # within the segment
@@ -115,9 +106,11 @@ class TranscriptPayload(Payload, frozen=True):
 
 
 class EventPayload(Payload, frozen=True):
-    """Something happened that somebody may have to know."""
+    """Something happened that somebody may have to know. (session, sequence) names it, also when it comes twice."""
 
     session: Session
+    sequence: Annotated[int, Meta(ge=1, description="counts the events of a session; a gap is an event that was lost")]
+    historical: Historical
     name: str  # such as "engine_restarted", "microphone_lost", "session_taken_over"
     detail: str
     time_utc: Utc
@@ -134,6 +127,7 @@ class Queues(Payload, frozen=True):
     """What waits."""
 
     outbox_messages: Count
+    outbox_bytes: Count
     backlog_s: Annotated[float, Meta(ge=0, description="seconds of speech that wait for the engine")]
 
 
@@ -143,6 +137,9 @@ class CounterValues(Payload, frozen=True):
     finals: Total
     partials: Total
     events: Total
+    restored_messages: dict[str, Total]  # by kind: left in the outbox by an earlier run
+    stored_messages: dict[str, Total]  # by kind: that the outbox accepted
+    sent_messages: dict[str, Total]  # by kind: acknowledged by the broker
     dropped_messages: dict[str, Total]  # by kind
     refused_messages: Annotated[int, Meta(ge=0, description="the broker would not have them; since the agent started")]
     engine_restarts: Total
@@ -151,17 +148,25 @@ class CounterValues(Payload, frozen=True):
     dropped_segments: Annotated[int, Meta(ge=0, description="unheard, the engine was behind; since the agent started")]
     failed_segments: Annotated[int, Meta(ge=0, description="given up by the engine; since the agent started")]
     failed_reports: Annotated[int, Meta(ge=0, description="of telemetry; since the agent started")]
-    failed_looks: Annotated[int, Meta(ge=0, description="at power and heat; since the agent started")]
     reconnects: Total
     dropped_samples: Annotated[int, Meta(ge=0, description="audio lost; since the agent started")]
     source_overflows: Annotated[int, Meta(ge=0, description="of the capture driver; since the agent started")]
     source_faults: Annotated[int, Meta(ge=0, description="microphone lost or silent; since the agent started")]
 
 
+class Energy(Payload, frozen=True):
+    """Measured, never estimated."""
+
+    joules: Annotated[float, Meta(ge=0, description="over the interval")]
+    source: str  # such as "rapl"
+
+
 class TelemetryPayload(Payload, frozen=True):
-    """The agent about itself, every `telemetry.interval_s`."""
+    """The agent about itself, every `telemetry.interval_s`. (session, sequence) names it, also when it comes twice."""
 
     session: Session
+    sequence: Annotated[int, Meta(ge=1, description="counts the reports of a session")]
+    historical: Historical
     time_utc: Utc
     interval_s: Seconds
     real_time_factor: Annotated[float, Meta(ge=0, description="engine seconds per second of speech")] | None
@@ -174,29 +179,11 @@ class TelemetryPayload(Payload, frozen=True):
     queues: Queues
     counters: CounterValues
     energy: Energy | None
-    heat: Heat
-    otel: Otel
 
 
 def new_session() -> str:
     """Name of this run of the agent, so that its utterance numbers are not mistaken for another run's."""
     return secrets.token_hex(8)
-
-
-def versions(runtime: str) -> Versions:
-    """Installed versions; `runtime` is the distribution that runs the model."""
-    return Versions(
-        agent=_installed("whisperlet") or "unknown",
-        runtime=f"{runtime} {found}" if (found := _installed(runtime)) else None,
-        python=platform.python_version(),
-    )
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def status_payload(
@@ -210,9 +197,10 @@ def status_payload(
     return StatusPayload(state=state, reason=reason, session=session, time_utc=time_utc, condition=condition)
 
 
-def event_payload(session: str, name: str, detail: str = "") -> EventPayload:
+def event_payload(session: str, sequence: int, name: str, detail: str = "") -> EventPayload:
     """Make an event that happens now."""
-    return EventPayload(session=session, name=name, detail=detail, time_utc=rfc3339(time.time()))
+    now = rfc3339(time.time())
+    return EventPayload(session=session, sequence=sequence, historical=False, name=name, detail=detail, time_utc=now)
 
 
 def partial_payload(transcript: Transcript, clock: Clock, session: str) -> TranscriptPayload:
@@ -232,6 +220,7 @@ def _transcript_payload(
 ) -> TranscriptPayload:
     return TranscriptPayload(
         session=session,
+        historical=False,
         utterance=transcript.utterance,
         segment=transcript.segment,
         revision=transcript.revision,
@@ -280,6 +269,12 @@ def to_envelope(payload: Payload) -> Envelope:
     kind = TOPICS[topic][1]
     qos = 0 if kind is Kind.PARTIAL else 1
     return Envelope(topic, msgspec.json.encode(payload), kind, qos, retain=topic in RETAINED)
+
+
+def historical(envelope: Envelope) -> Envelope:
+    """The envelope with a payload that says that it comes late."""
+    fields = msgspec.json.decode(envelope.payload, type=dict[str, msgspec.Raw])
+    return msgspec.structs.replace(envelope, payload=msgspec.json.encode({**fields, "historical": True}))
 
 
 def schemas() -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ finds the next one there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import socket
@@ -22,14 +23,12 @@ from whisperlet.bundle import Bundle
 from whisperlet.errors import AudioError
 
 from .clock import Clock, rfc3339
-from .config import Config
+from .config import Config, OutboxConfig, default_state_dir
 from .confirm import ConfirmedGate
-from .energy import Activity
-from .inventory import config_sha256, hardware, system
-from .messages import AudioChunk, SpeechChunk, Thrift, Transcript
-from .monitor import make_monitor
+from .inventory import config_sha256, hardware, system, versions
+from .messages import AudioChunk, SpeechChunk, Transcript
 from .mqtt import Publisher
-from .outbox import MemoryOutbox
+from .outbox import Limits, MemoryOutbox
 from .payloads import (
     BundleInfo,
     InfoPayload,
@@ -39,11 +38,12 @@ from .payloads import (
     new_session,
     partial_payload,
     to_envelope,
-    versions,
 )
+from .power import RaplMeter
 from .sources import Source
+from .store import DurableOutbox
 from .supervisor import Supervisor
-from .telemetry import Delivery, Telemetry, Usage
+from .telemetry import Delivery, Telemetry
 from .vad import Hearing
 from .vitals import Sensed, Vitals
 
@@ -81,7 +81,8 @@ class Pipeline:
     ) -> None:
         self.config = config
         self.session = new_session()
-        self.outbox = MemoryOutbox(config.mqtt.queue_messages)
+        self.telemetry = Telemetry(self.session, energy=RaplMeter().read)
+        self.outbox = new_outbox(config.outbox, self.report)
         self.vitals = Vitals(self._sense, self._renew_status, self.report)
         beats = self.vitals.heartbeat
         self.publisher = Publisher(
@@ -96,25 +97,23 @@ class Pipeline:
             bundle.path, config.recogniser, cache_dir, self._on_transcript, self.report, beats.of("engine")
         )
         self.gate = ConfirmedGate(config.vad)
-        used = Usage()
-        self.monitor = make_monitor(config, self._activity, lambda: used.read()[0], self._on_thrift, self.report)
-        self.telemetry = Telemetry(self.session, energy=self.monitor.energy, heat=self.monitor.heat)
         self._beat_ear = beats.of("ear")  # source and gate, which share a loop
         self.source = source(self._on_source_event, self._beat_ear)
         self._anchor = (0, time.monotonic())  # a sample, and when it was captured
         self._said: tuple[int, int, str, int] | None = None  # last; a partial without news is not sent
         self._is_realtime = False
+        self._event_numbers = itertools.count(1)
         self._stopping = threading.Event()
         self._pulse = threading.Thread(target=self._run_pulse, name="pulse", daemon=True)
 
     def run(self, *, realtime: bool) -> None:
-        """Listen. Without `realtime` the source waits for the engine. Raises BundleError or AudioError."""
+        """Listen. Without `realtime` the source waits for the engine. Raises ConfigError, BundleError or AudioError."""
         self._is_realtime = realtime
+        self.outbox.start()
         self.publisher.start()
         try:
             log.info("engine ready in %.1f s", self.supervisor.start())
             self._pulse.start()
-            self.monitor.start()
             self.vitals.notifier.ready()
             listen(self.source, self.gate, lambda speech: self.supervisor.submit(speech, wait=not realtime), self._note)
         except AudioError as error:
@@ -130,9 +129,9 @@ class Pipeline:
     def _shut_down(self) -> None:
         """Stop every stage, from the source to the sink, also if one of them cannot be stopped."""
         with contextlib.ExitStack() as stages:
+            stages.callback(self.outbox.close)
             stages.callback(self.publisher.stop, FLUSH_S)
             stages.callback(self._stop_pulse)
-            stages.callback(self.monitor.stop)
             stages.callback(self._stop_engine)
             stages.callback(self.source.close)
             stages.callback(self.vitals.heartbeat.forget, "ear")
@@ -160,16 +159,7 @@ class Pipeline:
         """Log and publish an event."""
         log.warning("%s: %s", name, detail)
         self.telemetry.counters.events += 1
-        self._publish(event_payload(self.session, name, detail))
-
-    def _activity(self) -> Activity:
-        counters = self.supervisor.counters
-        return Activity(self.supervisor.backlog > 0, counters.speech_s, counters.utterances)
-
-    def _on_thrift(self, thrift: Thrift) -> None:
-        """Called from the monitor's thread."""
-        self.supervisor.thrift = thrift
-        self.gate.is_strict = thrift is Thrift.FINALS_ONLY
+        self._publish(event_payload(self.session, next(self._event_numbers), name, detail))
 
     def _note(self, chunk: AudioChunk) -> None:
         self._anchor = (chunk.end, chunk.arrived_monotonic_s)
@@ -226,6 +216,10 @@ class Pipeline:
         counts = self.publisher.counts()
         delivery = Delivery(
             depth=self.outbox.depth,
+            bytes=self.outbox.bytes,
+            restored=self.outbox.restored(),
+            stored=self.outbox.stored(),
+            sent=self.outbox.sent(),
             dropped=self.outbox.dropped(),
             partials_dropped=counts.partials_dropped,
             refused=counts.refused,
@@ -245,7 +239,6 @@ class Pipeline:
         counters.engine_restarts = engine.restarts
         counters.skipped_partials = engine.skipped_partials
         counters.dropped_segments, counters.failed_segments = engine.dropped_segments, engine.failed_segments
-        counters.failed_looks = self.monitor.n_failed
         counters.rejected_segments = self.gate.n_rejected
         counters.dropped_samples, counters.source_overflows = lost.dropped_samples, lost.overflows
         counters.source_faults = lost.faults
@@ -274,3 +267,16 @@ def named(config: Config) -> Config:
     if config.mqtt.device is not None:
         return config
     return msgspec.structs.replace(config, mqtt=msgspec.structs.replace(config.mqtt, device=socket.gethostname()))
+
+
+def new_outbox(config: OutboxConfig, on_event: Callable[[str, str], None]) -> MemoryOutbox:
+    """The outbox that is asked for."""
+    limits = Limits(
+        messages=config.max_messages,
+        bytes=config.max_bytes,
+        age_s=config.max_age_s,
+        telemetry_age_s=config.telemetry_max_age_s,
+    )
+    if not config.durable:
+        return MemoryOutbox(limits)
+    return DurableOutbox(Path(config.dir) if config.dir else default_state_dir(), limits, on_event)

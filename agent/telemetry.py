@@ -14,9 +14,8 @@ import psutil
 from whisperlet.audio import seconds
 
 from .clock import rfc3339
-from .measurements import Energy, Heat, Otel
 from .messages import Kind
-from .payloads import CounterValues, Percentiles, Queues, TelemetryPayload, TranscriptPayload
+from .payloads import CounterValues, Energy, Percentiles, Queues, TelemetryPayload, TranscriptPayload
 
 WINDOW = 1000  # latencies kept for an interval; the oldest goes first
 
@@ -33,7 +32,6 @@ class Counters(msgspec.Struct):
     dropped_segments: int = 0  # from the backlog
     failed_segments: int = 0  # whose final is empty since no engine survived them
     failed_reports: int = 0  # of telemetry
-    failed_looks: int = 0  # at power and heat
     dropped_samples: int = 0  # of audio
     source_overflows: int = 0  # of the capture driver
     source_faults: int = 0  # times the microphone was lost or silent
@@ -43,7 +41,11 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """What outbox and publisher have to say for themselves."""
 
     depth: int  # messages in the outbox
-    dropped: dict[Kind, int]  # by the outbox, since the agent started
+    bytes: int  # in the outbox
+    restored: dict[Kind, int]  # by the outbox, since the agent started
+    stored: dict[Kind, int]
+    sent: dict[Kind, int]
+    dropped: dict[Kind, int]
     partials_dropped: int
     refused: int
     reconnects: int
@@ -52,24 +54,17 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 class Telemetry:
     """Collects from all stages what `snapshot` then reports for an interval."""
 
-    def __init__(
-        self,
-        session: str,
-        *,
-        energy: Callable[[], Energy | None],
-        heat: Callable[[], Heat],
-        usage: Usage | None = None,
-    ) -> None:
+    def __init__(self, session: str, *, energy: Callable[[], Energy | None], usage: Usage | None = None) -> None:
         self.counters = Counters()
         self._session = session
-        self._energy, self._heat = energy, heat
+        self._energy = energy
         self._usage = usage or Usage()
         self._lock = threading.Lock()  # guards the rest
         self._finalise_ms: deque[float] = deque(maxlen=WINDOW)
         self._end_to_final_ms: deque[float] = deque(maxlen=WINDOW)
         self._busy_s = 0.0  # of the engine
         self._speech_s = 0.0
-        self._cpu_s = 0.0  # since the start
+        self._n_snapshots = 0
         self._since_s = time.monotonic()
 
     def add(self, transcript: TranscriptPayload) -> None:
@@ -90,6 +85,7 @@ class Telemetry:
         """Report the interval since the last snapshot, and begin another one. `hop_ms` None: finals only."""
         now_s = time.monotonic()
         with self._lock:
+            self._n_snapshots += 1
             interval_s, self._since_s = now_s - self._since_s, now_s
             real_time_factor = self._busy_s / self._speech_s if self._speech_s else None
             finalise_ms, end_to_final_ms = percentiles(self._finalise_ms), percentiles(self._end_to_final_ms)
@@ -97,10 +93,10 @@ class Telemetry:
             self._finalise_ms.clear()
             self._end_to_final_ms.clear()
         cpu_s, resident_bytes = self._usage.read()
-        self._cpu_s += cpu_s
-        energy, degrees_c = self._energy(), temperature_c()
         return TelemetryPayload(
             session=self._session,
+            sequence=self._n_snapshots,
+            historical=False,
             time_utc=rfc3339(time.time()),
             interval_s=round(interval_s, 3),
             real_time_factor=real_time_factor,
@@ -109,18 +105,10 @@ class Telemetry:
             end_to_final_ms=end_to_final_ms,
             cpu_percent=round(100 * cpu_s / interval_s, 1) if interval_s > 0 else 0.0,
             resident_bytes=resident_bytes,
-            temperature_c=degrees_c,
-            queues=Queues(outbox_messages=delivery.depth, backlog_s=backlog_s),
+            temperature_c=temperature_c(),
+            queues=Queues(outbox_messages=delivery.depth, outbox_bytes=delivery.bytes, backlog_s=backlog_s),
             counters=_counter_values(self.counters, delivery),
-            energy=energy,
-            heat=self._heat(),
-            otel=Otel(
-                hw_energy=energy.total_joules if energy else None,
-                hw_power=energy.watts if energy else None,
-                hw_temperature=degrees_c,
-                process_cpu_time=round(self._cpu_s, 2),
-                process_memory_usage=resident_bytes,
-            ),
+            energy=self._energy(),
         )
 
 
@@ -178,11 +166,18 @@ def percentiles(values: Iterable[float]) -> Percentiles:
 
 
 def _counter_values(counters: Counters, delivery: Delivery) -> CounterValues:
-    dropped = {kind.value: n for kind, n in delivery.dropped.items()}
+    dropped = _by_name(delivery.dropped)
     dropped[Kind.PARTIAL.value] = dropped.get(Kind.PARTIAL.value, 0) + delivery.partials_dropped
     return CounterValues(
         **msgspec.structs.asdict(counters),
+        restored_messages=_by_name(delivery.restored),
+        stored_messages=_by_name(delivery.stored),
+        sent_messages=_by_name(delivery.sent),
         dropped_messages=dropped,
         refused_messages=delivery.refused,
         reconnects=delivery.reconnects,
     )
+
+
+def _by_name(counts: dict[Kind, int]) -> dict[str, int]:
+    return {kind.value: n for kind, n in counts.items()}

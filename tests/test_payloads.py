@@ -8,7 +8,7 @@ import pytest
 from agent import inventory, payloads
 from agent.clock import Clock, rfc3339
 from agent.config import Config
-from agent.measurements import Energy, Heat, Otel
+from agent.inventory import versions
 from agent.messages import Kind, Transcript
 
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schema"
@@ -29,22 +29,14 @@ HEARD = Transcript(
     speech_end_monotonic_s=102.4,
     decided_monotonic_s=102.9,
 )
-MEASURED = Energy(
-    source="rapl",
-    quality="measured_package",
-    joules=60.0,
-    watts=2.0,
-    idle_watts=1.5,
-    joules_per_audio_s=-0.1,
-    joules_per_utterance=3.0,
-    total_joules=600.0,
-)
 FINAL = msgspec.structs.replace(HEARD, is_final=True, revision=3)
 
 
 def telemetry(**changes):
     example = payloads.TelemetryPayload(
         session="s1",
+        sequence=1,
+        historical=False,
         time_utc=rfc3339(NOON),
         interval_s=30.0,
         real_time_factor=None,
@@ -54,11 +46,14 @@ def telemetry(**changes):
         cpu_percent=12.5,
         resident_bytes=1,
         temperature_c=None,
-        queues=payloads.Queues(outbox_messages=0, backlog_s=0.0),
+        queues=payloads.Queues(outbox_messages=0, outbox_bytes=0, backlog_s=0.0),
         counters=payloads.CounterValues(
             finals=1,
             partials=2,
             events=0,
+            restored_messages={},
+            stored_messages={"final": 1},
+            sent_messages={"final": 1},
             dropped_messages={"partial": 2},
             refused_messages=0,
             engine_restarts=0,
@@ -67,15 +62,12 @@ def telemetry(**changes):
             dropped_segments=0,
             failed_segments=0,
             failed_reports=0,
-            failed_looks=0,
             reconnects=0,
             dropped_samples=0,
             source_overflows=0,
             source_faults=0,
         ),
         energy=None,
-        heat=Heat(thrift="normal", is_throttled=None, is_under_voltage=None),
-        otel=Otel(hw_energy=None, hw_power=None, hw_temperature=None, process_cpu_time=0.5, process_memory_usage=1),
     )
     return msgspec.structs.replace(example, **changes)
 
@@ -84,7 +76,7 @@ def info(bundle):
     return payloads.InfoPayload(
         session="s1",
         started_utc=rfc3339(NOON),
-        versions=payloads.versions("ai-edge-litert"),
+        versions=versions("ai-edge-litert"),
         bundle=bundle,
         hardware=inventory.hardware(),
         system=inventory.system(),
@@ -105,13 +97,10 @@ EXAMPLES = [
     payloads.partial_payload(HEARD, CLOCK, "s1"),
     payloads.final_payload(FINAL, CLOCK, "s1", 103.0),
     payloads.final_payload(msgspec.structs.replace(FINAL, text="", rejected="no_speech"), CLOCK, "s1", 103.0),
-    payloads.event_payload("s1", "engine_restarted", "killed by signal 9"),
+    payloads.event_payload("s1", 1, "engine_restarted", "killed by signal 9"),
     telemetry(),
-    telemetry(real_time_factor=0.1, hop_ms=600.0, temperature_c=51.5, energy=MEASURED),
     telemetry(
-        energy=msgspec.structs.replace(MEASURED, joules=None, watts=None),
-        heat=Heat(thrift="finals_only", is_throttled=True, is_under_voltage=False),
-        otel=Otel(hw_energy=9.0, hw_power=2.0, hw_temperature=51.5, process_cpu_time=0.5, process_memory_usage=1),
+        real_time_factor=0.1, hop_ms=600.0, temperature_c=51.5, energy=payloads.Energy(joules=60.0, source="rapl")
     ),
 ]
 
@@ -182,8 +171,8 @@ def test_text_is_not_escaped():
 
 
 def test_versions_say_when_there_is_no_runtime():
-    assert payloads.versions("no-such-distribution").runtime is None
-    assert payloads.versions("msgspec").runtime.startswith("msgspec 0.")
+    assert versions("no-such-distribution").runtime is None
+    assert versions("msgspec").runtime.startswith("msgspec 0.")
 
 
 def test_sessions_differ():

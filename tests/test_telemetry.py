@@ -7,24 +7,23 @@ import psutil
 import pytest
 
 from agent.clock import Clock
-from agent.measurements import Energy, Heat
 from agent.messages import Kind, Transcript
-from agent.payloads import final_payload, partial_payload
+from agent.payloads import Energy, Queues, final_payload, partial_payload
+from agent.power import RaplMeter
 from agent.telemetry import WINDOW, Delivery, Telemetry, Usage, percentiles, temperature_c
 
-DELIVERY = Delivery(depth=4, dropped={Kind.FINAL: 1}, partials_dropped=2, refused=3, reconnects=5)
-HEARD = Transcript(1, 0, 1, "a", 0, 0, 32_000, is_final=False, language="en", encode_ms=100.0, decode_ms=50.0)
-NO_HEAT = Heat(thrift="normal", is_throttled=None, is_under_voltage=None)
-SPENT = Energy(
-    source="rapl",
-    quality="measured_package",
-    joules=1.0,
-    watts=0.5,
-    idle_watts=None,
-    joules_per_audio_s=None,
-    joules_per_utterance=None,
-    total_joules=7.0,
+DELIVERY = Delivery(
+    depth=4,
+    bytes=400,
+    restored={Kind.EVENT: 6},
+    stored={Kind.FINAL: 9},
+    sent={Kind.FINAL: 8},
+    dropped={Kind.FINAL: 1},
+    partials_dropped=2,
+    refused=3,
+    reconnects=5,
 )
+HEARD = Transcript(1, 0, 1, "a", 0, 0, 32_000, is_final=False, language="en", encode_ms=100.0, decode_ms=50.0)
 CLOCK = Clock(0.0, 0.0, 0.0)
 
 
@@ -35,7 +34,7 @@ def final(finalise_ms):
 
 @pytest.fixture
 def telemetry():
-    return Telemetry("s", energy=lambda: None, heat=lambda: NO_HEAT)
+    return Telemetry("s", energy=lambda: None)
 
 
 def test_snapshot_covers_an_interval(telemetry):
@@ -44,10 +43,12 @@ def test_snapshot_covers_an_interval(telemetry):
     snapshot = telemetry.snapshot(DELIVERY, backlog_s=1.5, hop_ms=300.0)
     assert snapshot.real_time_factor == pytest.approx(0.3 / 2.0)  # both cost 150 ms, for 2 s of speech
     assert (snapshot.finalise_ms.p50, snapshot.end_to_final_ms.p50) == (40.0, None)
-    assert (snapshot.queues.outbox_messages, snapshot.queues.backlog_s, snapshot.hop_ms) == (4, 1.5, 300.0)
+    assert snapshot.queues == Queues(outbox_messages=4, outbox_bytes=400, backlog_s=1.5)
+    assert (snapshot.hop_ms, snapshot.sequence) == (300.0, 1)
     after = telemetry.snapshot(DELIVERY, backlog_s=0.0, hop_ms=None)
     assert (after.real_time_factor, after.finalise_ms.p50, after.finalise_ms.p95) == (None, None, None)
     assert after.interval_s < 5
+    assert after.sequence == 2
     assert after.hop_ms is None
     assert (after.counters.finals, after.counters.partials) == (1, 1)  # these go on
 
@@ -58,29 +59,15 @@ def test_counters_come_from_everywhere(telemetry):
     telemetry.counters.skipped_partials += 7
     counters = telemetry.snapshot(DELIVERY, 0.0, None).counters
     assert (counters.engine_restarts, counters.dropped_samples, counters.skipped_partials) == (1, 320, 7)
+    assert (counters.restored_messages, counters.stored_messages) == ({"event": 6}, {"final": 9})
+    assert counters.sent_messages == {"final": 8}
     assert counters.dropped_messages == {"final": 1, "partial": 2}
     assert (counters.refused_messages, counters.reconnects) == (3, 5)
 
 
-def test_energy_and_heat_are_what_the_meters_say():
-    hot = Heat(thrift="longer_hop", is_throttled=True, is_under_voltage=None)
-    snapshot = Telemetry("s", energy=lambda: SPENT, heat=lambda: hot).snapshot(DELIVERY, 0.0, None)
-    assert (snapshot.energy, snapshot.heat) == (SPENT, hot)
-
-
-def test_measurements_go_by_the_names_of_opentelemetry_too(monkeypatch):
-    monkeypatch.setattr("agent.telemetry.temperature_c", lambda: 51.5)
-    uses = iter([(1.25, 1000), (0.5, 2000)])
-    usage = SimpleNamespace(read=lambda: next(uses))
-    telemetry = Telemetry("s", energy=lambda: SPENT, heat=lambda: NO_HEAT, usage=usage)
-    telemetry.snapshot(DELIVERY, 0.0, None)
-    assert msgspec.to_builtins(telemetry.snapshot(DELIVERY, 0.0, None).otel) == {
-        "hw.energy": 7.0,
-        "hw.power": 0.5,
-        "hw.temperature": 51.5,
-        "process.cpu.time": 1.75,
-        "process.memory.usage": 2000,
-    }
+def test_energy_is_what_the_meter_says():
+    spent = Energy(joules=1.0, source="rapl")
+    assert Telemetry("s", energy=lambda: spent).snapshot(DELIVERY, 0.0, None).energy == spent
 
 
 def test_latency_windows_are_bounded(telemetry):
@@ -148,3 +135,47 @@ def test_temperature_is_the_hottest_sensor(monkeypatch):
     assert temperature_c() is None
     monkeypatch.delattr(psutil, "sensors_temperatures")
     assert temperature_c() is None
+
+
+def zone(root, directory, name, energy_uj, range_uj=1_000_000):
+    folder = root / directory
+    folder.mkdir(exist_ok=True)
+    for file, value in (("name", name), ("energy_uj", energy_uj), ("max_energy_range_uj", range_uj)):
+        (folder / file).write_text(f"{value}\n")
+
+
+def test_energy_of_all_packages_and_of_nothing_twice(tmp_path):
+    zone(tmp_path, "intel-rapl:0", "package-0", 100)
+    zone(tmp_path, "intel-rapl:1", "package-1", 100)
+    for directory, name in (("intel-rapl:0:0", "core"), ("intel-rapl:2", "psys"), ("intel-rapl-mmio:0", "package-0")):
+        zone(tmp_path, directory, name, 0)
+    meter = RaplMeter(tmp_path)
+    for directory in ("intel-rapl:0:0", "intel-rapl:2", "intel-rapl-mmio:0"):
+        (tmp_path / directory / "energy_uj").write_text("77000")
+    zone(tmp_path, "intel-rapl:0", "package-0", 500_100)
+    zone(tmp_path, "intel-rapl:1", "package-1", 250_100)
+    assert meter.read() == Energy(joules=0.75, source="rapl")
+    assert meter.read() == Energy(joules=0.0, source="rapl")
+
+
+def test_energy_counter_wraps_around(tmp_path):
+    zone(tmp_path, "intel-rapl:0", "package-0", 900_000)
+    meter = RaplMeter(tmp_path)
+    zone(tmp_path, "intel-rapl:0", "package-0", 100_000)
+    assert meter.read() == Energy(joules=0.2, source="rapl")
+    zone(tmp_path, "intel-rapl:0", "package-0", 0, range_uj="")
+    unknown_range = RaplMeter(tmp_path)
+    unknown_range._last_uj = [5]
+    assert unknown_range.read() is None
+
+
+def test_energy_is_never_guessed(tmp_path):
+    assert RaplMeter(tmp_path / "none").read() is None
+    zone(tmp_path, "intel-rapl:0", "package-0", 0)
+    zone(tmp_path, "intel-rapl:1", "package-1", 0)
+    meter = RaplMeter(tmp_path)
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()  # as good as unreadable, which root never sees
+    assert meter.read() is None
+    zone(tmp_path, "intel-rapl:1", "package-1", 0)
+    assert meter.read() is None  # since when?
+    assert meter.read() == Energy(joules=0.0, source="rapl")
