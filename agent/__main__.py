@@ -17,7 +17,8 @@ from whisperlet.bundle import Bundle, open_bundle
 from whisperlet.errors import ConfigError, WhisperletError
 
 from . import config as configs
-from .config import Config, checked_language, default_cache_dir
+from . import logs
+from .config import Config, LogConfig, checked_language, default_cache_dir
 from .confirm import ConfirmedGate
 from .messages import SpeechChunk, Transcript
 from .pipeline import Pipeline, listen
@@ -47,6 +48,7 @@ def run(
 ) -> None:
     """Listen, recognise, publish over MQTT, until the source ends or a signal comes."""
     settings = configs.load(config, {"recogniser.bundle": bundle, "mqtt.url": broker})
+    logs.set_up(settings.log)
     opened = opened_bundle(settings)
 
     def make(on_event: Callable[[str, str], None], beat: Callable[[float], None]) -> Source:
@@ -126,7 +128,7 @@ def cache_dir(settings: Config) -> Path:
 
 def main() -> None:
     """Run the command; what a user can mend ends with one sentence and exit code 2."""
-    logging.basicConfig(level=os.environ.get("WHISPERLET_LOG", "INFO"), format="%(levelname)s %(name)s: %(message)s")
+    logs.set_up(LogConfig())
     try:
         app()
     except (WhisperletError, EngineLost) as error:

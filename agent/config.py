@@ -98,6 +98,14 @@ class TelemetryConfig(Section, frozen=True):
     interval_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 30.0
 
 
+class LogConfig(Section, frozen=True):
+    """What is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "logfmt", "json"] = "auto"
+    transcripts: bool = False  # what was said is nobody's business but the broker's
+
+
 class Config(Section, frozen=True):
     """The whole file."""
 
@@ -107,6 +115,7 @@ class Config(Section, frozen=True):
     mqtt: MqttConfig = MqttConfig()
     outbox: OutboxConfig = OutboxConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    log: LogConfig = LogConfig()
 
 
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:

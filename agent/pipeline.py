@@ -157,7 +157,7 @@ class Pipeline:
 
     def report(self, name: str, detail: str) -> None:
         """Log and publish an event."""
-        log.warning("%s: %s", name, detail)
+        log.warning("%s: %s", name, detail, extra={"event": name})
         self.telemetry.counters.events += 1
         self._publish(event_payload(self.session, next(self._event_numbers), name, detail))
 
@@ -183,6 +183,8 @@ class Pipeline:
         else:
             payload = partial_payload(transcript, clock, self.session)
         self.telemetry.add(payload)
+        if payload.is_final and self.config.log.transcripts:
+            log.info("%s", payload.text, extra={"event": "final", "utterance": payload.utterance})
         said = (payload.utterance, payload.segment, payload.text, payload.stable_chars)
         if payload.is_final or (payload.text and said != self._said):
             self._publish(payload)

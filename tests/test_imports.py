@@ -63,6 +63,7 @@ ALLOWED = {
     "power": {"payloads"},
     "telemetry": {"clock", "payloads"},
     "health": set(),
+    "logs": set(),
     "vitals": {"health", "payloads"},
 }
 

@@ -9,6 +9,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -20,8 +21,8 @@ from test_worker_process import replace_engine
 
 from agent import pipeline as pipelines
 from agent.audio_files import read_file
-from agent.config import Config, MqttConfig, RecogniserConfig, TelemetryConfig
-from agent.messages import AudioChunk
+from agent.config import Config, LogConfig, MqttConfig, RecogniserConfig, TelemetryConfig
+from agent.messages import AudioChunk, Transcript
 from agent.pipeline import Pipeline
 from agent.sources import SourceCounters, paced
 from whisperlet.audio import SAMPLE_RATE
@@ -292,4 +293,17 @@ def test_telemetry_tells_what_the_stages_counted(make):
     assert (found.rejected_segments, found.dropped_samples, found.source_overflows) == (5, 6, 7)
     assert found.source_faults == 8
     assert [report.hop_ms for report in published] == [600.0, None]
+    pipeline.publisher.stop(0)
+
+
+@pytest.mark.parametrize("transcripts", [False, True])
+def test_what_was_said_is_in_the_log_only_if_that_is_wanted(make, caplog, transcripts):
+    pipeline = make()
+    pipeline.config = msgspec.structs.replace(pipeline.config, log=LogConfig(level="debug", transcripts=transcripts))
+    caplog.set_level("DEBUG")
+    said = "my number is five"
+    pipeline._on_transcript(Transcript(1, 0, 1, said, 0, 0, 1600, is_final=False, language="en"))
+    pipeline._on_transcript(Transcript(1, 0, 2, said, 0, 0, 1600, is_final=True, language="en"))
+    assert caplog.text.count(said) == transcripts
+    assert pipeline.outbox.depth == 1
     pipeline.publisher.stop(0)
