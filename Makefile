@@ -14,11 +14,30 @@ BUNDLE := build/$(RECIPE).tflite
 BUNDLE_SOURCES := $(sort $(wildcard convert/*.py convert/adapters/* convert/golden/* whisperlet/*.py) \
 	convert/recipes/$(RECIPE).toml) constraints.txt
 CACHE := $(or $(WHISPERLET_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/whisperlet)/bundles
-SYSTEM_PACKAGES := libasound2-plugins mosquitto portaudio19-dev pulseaudio
+SYSTEM_PACKAGES := libasound2-plugins mosquitto portaudio19-dev pulseaudio systemd udev
+
+# What a distribution's package would hold besides the program itself: file here, file on the device.
+BOARD ?= generic-x86
+BOARD_FILES := firmware_config/$(BOARD)
+DEVICE_FILES := \
+	systemd/whisperlet-agent.service:usr/lib/systemd/system/whisperlet-agent.service \
+	systemd/whisperlet.sysusers.conf:usr/lib/sysusers.d/whisperlet.conf \
+	systemd/whisperlet.tmpfiles.conf:usr/lib/tmpfiles.d/whisperlet.conf \
+	firmware_config/journald.conf:usr/lib/systemd/journald.conf.d/50-whisperlet.conf \
+	firmware_config/agent.toml:usr/share/doc/whisperlet/agent.toml \
+	docs/device.md:usr/share/doc/whisperlet/device.md \
+	$(BOARD_FILES)/agent.toml:usr/share/whisperlet/agent.toml \
+	$(BOARD_FILES)/asound.conf:etc/alsa/conf.d/60-whisperlet.conf \
+	$(BOARD_FILES)/config.txt:usr/share/whisperlet/config.txt \
+	$(BOARD_FILES)/microphone.rules:usr/lib/udev/rules.d/85-whisperlet-microphone.rules \
+	$(BOARD_FILES)/pipewire.conf:usr/share/pipewire/pipewire.conf.d/60-whisperlet.conf \
+	$(BOARD_FILES)/service.conf:usr/lib/systemd/system/whisperlet-agent.service.d/50-board.conf \
+	$(BOARD_FILES)/tmpfiles.conf:usr/lib/tmpfiles.d/whisperlet-board.conf \
+	$(BUNDLE):usr/share/whisperlet/$(RECIPE).tflite
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv mic system bundle demo test lint bench schemas clean
+.PHONY: help venv mic system bundle demo test lint bench schemas install-device uninstall-device clean
 
 help:
 	@echo 'make demo     set everything up and watch the agent work, over MQTT, on recorded speech'
@@ -28,6 +47,8 @@ help:
 	@echo 'make venv     .venv with everything installed; PYTHON=... to choose the interpreter'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make schemas  docs/schema from the code'
+	@echo 'make install-device    unit, user, sound, udev rule into DESTDIR=/ for BOARD=$(BOARD); see docs/device.md'
+	@echo 'make uninstall-device  take them away again; configuration and data stay'
 	@echo 'make clean    remove what was built, but not .venv'
 
 venv: $(STAMP) mic
@@ -93,6 +114,20 @@ bench: venv bundle
 
 schemas: $(STAMP)
 	@$(BIN)/python -m agent.payloads docs/schema
+
+# The configuration is the operator's once it is there. A board has not every file, and the bundle may come another way.
+install-device:
+	@test -d $(BOARD_FILES) || { echo 'BOARD=$(BOARD): there is no $(BOARD_FILES)'; exit 1; }
+	@set -e; for pair in $(DEVICE_FILES); do \
+		if [ -e "$${pair%%:*}" ]; then install -D -m 644 "$${pair%%:*}" "$(DESTDIR)/$${pair#*:}"; fi; \
+	done
+	@test -e "$(DESTDIR)/etc/whisperlet/agent.toml" || \
+		install -D -m 640 $(BOARD_FILES)/agent.toml "$(DESTDIR)/etc/whisperlet/agent.toml"
+
+uninstall-device:
+	@for pair in $(DEVICE_FILES); do rm -f "$(DESTDIR)/$${pair#*:}"; done
+	@rmdir -p --ignore-fail-on-non-empty "$(DESTDIR)/usr/lib/systemd/system/whisperlet-agent.service.d" \
+		"$(DESTDIR)/usr/share/whisperlet" "$(DESTDIR)/usr/share/doc/whisperlet" 2>/dev/null || true
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
