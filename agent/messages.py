@@ -84,6 +84,15 @@ class Transcript(msgspec.Struct, frozen=True, tag=True):
         return self.utterance, self.segment
 
 
+class Thrift(enum.IntEnum):
+    """What the device does without, because it is hot; each level goes without what the one before it does, too."""
+
+    NORMAL = 0
+    LONGER_HOP = 1  # half of the partials
+    NO_PARTIALS = 2
+    FINALS_ONLY = 3  # none is heard in advance, and what is hardly speech is not heard at all
+
+
 class Kind(enum.StrEnum):
     """What an envelope holds; the outbox drops by kind when it is full, telemetry first."""
 

@@ -23,6 +23,7 @@ class Pace:
     def __init__(self, hop_ms: float) -> None:
         self._hop_ms = hop_ms
         self._level = 0
+        self._least = 0  # level, whatever the machine could keep up with
         self._cost = 0.0  # the load that there would be at the configured hop
         self._calm_s = 0.0  # speech for which nothing has spoken against a shorter hop
         self._patience_s = [CALM_S] * (FINALS_ONLY + 1)  # by level, before a shorter hop is tried
@@ -42,6 +43,12 @@ class Pace:
     def load(self) -> float:
         """Seconds of partials per second of speech, averaged; 0 while there are none."""
         return 0.0 if self._level == FINALS_ONLY else self._cost / FACTORS[self._level]
+
+    def hold(self, least: int) -> None:
+        """Keep at `least` this level from now on; when it is lifted, shorter hops are tried as ever."""
+        self._least = least
+        if self._level < least:
+            self._level, self._calm_s, self._fell_from = least, 0.0, None
 
     def observe(self, busy_s: float, audio_s: float) -> None:
         """Take note of partial steps that took `busy_s` and of the speech that they covered.
@@ -83,7 +90,7 @@ class Pace:
         if self._level == 0:
             if self._calm_s >= CALM_MAX_S:
                 self._forgive(0)
-        elif self._calm_s >= self._patience_s[self._level]:
+        elif self._calm_s >= self._patience_s[self._level] and self._level > self._least:
             self._fall()
 
     def _fall(self) -> None:

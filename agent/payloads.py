@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from .clock import Clock, rfc3339
 from .inventory import Hardware, System, Versions
+from .measurements import Energy, Heat, Otel
 from .messages import Envelope, Kind, Transcript
 
 Utc = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", description="UTC, RFC 3339")]
@@ -148,17 +149,11 @@ class CounterValues(Payload, frozen=True):
     dropped_segments: Annotated[int, Meta(ge=0, description="unheard, the engine was behind; since the agent started")]
     failed_segments: Annotated[int, Meta(ge=0, description="given up by the engine; since the agent started")]
     failed_reports: Annotated[int, Meta(ge=0, description="of telemetry; since the agent started")]
+    failed_looks: Annotated[int, Meta(ge=0, description="at power and heat; since the agent started")]
     reconnects: Total
     dropped_samples: Annotated[int, Meta(ge=0, description="audio lost; since the agent started")]
     source_overflows: Annotated[int, Meta(ge=0, description="of the capture driver; since the agent started")]
     source_faults: Annotated[int, Meta(ge=0, description="microphone lost or silent; since the agent started")]
-
-
-class Energy(Payload, frozen=True):
-    """Measured, never estimated."""
-
-    joules: Annotated[float, Meta(ge=0, description="over the interval")]
-    source: str  # such as "rapl"
 
 
 class TelemetryPayload(Payload, frozen=True):
@@ -179,6 +174,8 @@ class TelemetryPayload(Payload, frozen=True):
     queues: Queues
     counters: CounterValues
     energy: Energy | None
+    heat: Heat
+    otel: Otel
 
 
 def new_session() -> str:

@@ -25,8 +25,10 @@ from whisperlet.errors import AudioError
 from .clock import Clock, rfc3339
 from .config import Config, OutboxConfig, default_state_dir
 from .confirm import ConfirmedGate
+from .energy import Activity
 from .inventory import config_sha256, hardware, system, versions
-from .messages import AudioChunk, SpeechChunk, Transcript
+from .messages import AudioChunk, SpeechChunk, Thrift, Transcript
+from .monitor import make_monitor
 from .mqtt import Publisher
 from .outbox import Limits, MemoryOutbox
 from .payloads import (
@@ -39,11 +41,10 @@ from .payloads import (
     partial_payload,
     to_envelope,
 )
-from .power import RaplMeter
 from .sources import Source
 from .store import DurableOutbox
 from .supervisor import Supervisor
-from .telemetry import Delivery, Telemetry
+from .telemetry import Delivery, Telemetry, Usage
 from .vad import Hearing
 from .vitals import Sensed, Vitals
 
@@ -81,7 +82,6 @@ class Pipeline:
     ) -> None:
         self.config = config
         self.session = new_session()
-        self.telemetry = Telemetry(self.session, energy=RaplMeter().read)
         self.outbox = new_outbox(config.outbox, self.report)
         self.vitals = Vitals(self._sense, self._renew_status, self.report)
         beats = self.vitals.heartbeat
@@ -97,6 +97,9 @@ class Pipeline:
             bundle.path, config.recogniser, cache_dir, self._on_transcript, self.report, beats.of("engine")
         )
         self.gate = ConfirmedGate(config.vad)
+        used = Usage()
+        self.monitor = make_monitor(config, self._activity, lambda: used.read()[0], self._on_thrift, self.report)
+        self.telemetry = Telemetry(self.session, energy=self.monitor.energy, heat=self.monitor.heat)
         self._beat_ear = beats.of("ear")  # source and gate, which share a loop
         self.source = source(self._on_source_event, self._beat_ear)
         self._anchor = (0, time.monotonic())  # a sample, and when it was captured
@@ -114,6 +117,7 @@ class Pipeline:
         try:
             log.info("engine ready in %.1f s", self.supervisor.start())
             self._pulse.start()
+            self.monitor.start()
             self.vitals.notifier.ready()
             listen(self.source, self.gate, lambda speech: self.supervisor.submit(speech, wait=not realtime), self._note)
         except AudioError as error:
@@ -132,6 +136,7 @@ class Pipeline:
             stages.callback(self.outbox.close)
             stages.callback(self.publisher.stop, FLUSH_S)
             stages.callback(self._stop_pulse)
+            stages.callback(self.monitor.stop)
             stages.callback(self._stop_engine)
             stages.callback(self.source.close)
             stages.callback(self.vitals.heartbeat.forget, "ear")
@@ -160,6 +165,15 @@ class Pipeline:
         log.warning("%s: %s", name, detail, extra={"event": name})
         self.telemetry.counters.events += 1
         self._publish(event_payload(self.session, next(self._event_numbers), name, detail))
+
+    def _activity(self) -> Activity:
+        counters = self.supervisor.counters
+        return Activity(self.supervisor.backlog > 0, counters.speech_s, counters.utterances)
+
+    def _on_thrift(self, thrift: Thrift) -> None:
+        """Called from the monitor's thread."""
+        self.supervisor.thrift = thrift
+        self.gate.is_strict = thrift is Thrift.FINALS_ONLY
 
     def _note(self, chunk: AudioChunk) -> None:
         self._anchor = (chunk.end, chunk.arrived_monotonic_s)
@@ -241,6 +255,7 @@ class Pipeline:
         counters.engine_restarts = engine.restarts
         counters.skipped_partials = engine.skipped_partials
         counters.dropped_segments, counters.failed_segments = engine.dropped_segments, engine.failed_segments
+        counters.failed_looks = self.monitor.n_failed
         counters.rejected_segments = self.gate.n_rejected
         counters.dropped_samples, counters.source_overflows = lost.dropped_samples, lost.overflows
         counters.source_faults = lost.faults

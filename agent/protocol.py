@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from .config import RecogniserConfig
-from .messages import SpeechChunk, Transcript
+from .messages import SpeechChunk, Thrift, Transcript
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -32,6 +32,7 @@ class Batch(msgspec.Struct, frozen=True, tag=True):
 
     chunks: list[SpeechChunk]
     is_live: bool  # it goes on whether or not the engine keeps up; a file waits
+    thrift: Thrift = Thrift.NORMAL
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -7,6 +7,6 @@ from .decoding import Hypothesis
 
 
 def reason(hypothesis: Hypothesis, config: RecogniserConfig) -> str | None:
-    """"no_speech", or None if the text stands."""
+    """The reason "no_speech", or None if the text stands."""
     is_silent = hypothesis.no_speech_prob > config.no_speech_threshold
     return "no_speech" if is_silent and hypothesis.avg_logprob < config.logprob_threshold else None

@@ -22,7 +22,7 @@ from whisperlet.errors import BundleError
 
 from .config import RecogniserConfig
 from .engine_process import START_TIMEOUT_S, EngineLost, EngineProcess
-from .messages import SpeechChunk, Transcript
+from .messages import SpeechChunk, Thrift, Transcript
 from .protocol import Batch, Heard
 
 __all__ = ["EngineCounters", "EngineLost", "Supervisor"]
@@ -54,6 +54,7 @@ class EngineCounters(msgspec.Struct):
     skipped_partials: int = 0  # for lack of time
     busy_s: float = 0.0  # processor seconds that the engine spent on speech
     speech_s: float = 0.0  # seconds of speech in finals
+    utterances: int = 0  # that have all their finals
 
 
 class Supervisor:
@@ -76,6 +77,7 @@ class Supervisor:
         self._is_live = True  # whoever hands in speech does not wait for the engine
         self.hop_ms = self._told_hop_ms = float(config.hop_ms) if config.partials else None  # None: finals only
         self._told_s = -math.inf
+        self.thrift = Thrift.NORMAL  # may be set from any thread
         self._stopping = False
         self._engine: EngineProcess | None = None
         self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
@@ -172,7 +174,7 @@ class Supervisor:
                 return None
             unsent = [pending for pending in self._pending.values() if _unsent(pending)]
             n = 1 if unsent[0].n_lost else len(unsent)  # the segment that takes engines down goes without the others
-            return Batch([_take_unsent(pending) for pending in unsent[:n]], self._is_live)
+            return Batch([_take_unsent(pending) for pending in unsent[:n]], self._is_live, self.thrift)
 
     def _has_news(self) -> bool:
         return self._stopping or any(map(_unsent, self._pending.values()))
@@ -184,6 +186,7 @@ class Supervisor:
         for transcript in heard.transcripts:
             if self._hand_on(transcript) and transcript.is_final:
                 self.counters.speech_s += (transcript.end - transcript.start) / SAMPLE_RATE
+                self.counters.utterances += not transcript.continues
         self._tell_pace()
 
     def _hand_on(self, transcript: Transcript) -> bool:
@@ -201,8 +204,10 @@ class Supervisor:
         return True
 
     def _tell_pace(self) -> None:
-        """Report another hop, unless another one was reported just now."""
+        """Report another hop, unless another one was reported just now, or the heat is to blame for it."""
         now_s = time.monotonic()
+        if self.thrift:
+            self._told_hop_ms = self.hop_ms
         if self.hop_ms != self._told_hop_ms and now_s - self._told_s >= PACE_NEWS_S:
             self._told_hop_ms, self._told_s = self.hop_ms, now_s
             self._on_event("engine_pace", pace_news(self.hop_ms, self._config.hop_ms))

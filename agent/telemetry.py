@@ -14,8 +14,9 @@ import psutil
 from whisperlet.audio import seconds
 
 from .clock import rfc3339
+from .measurements import Energy, Heat, Otel
 from .messages import Kind
-from .payloads import CounterValues, Energy, Percentiles, Queues, TelemetryPayload, TranscriptPayload
+from .payloads import CounterValues, Percentiles, Queues, TelemetryPayload, TranscriptPayload
 
 WINDOW = 1000  # latencies kept for an interval; the oldest goes first
 
@@ -32,6 +33,7 @@ class Counters(msgspec.Struct):
     dropped_segments: int = 0  # from the backlog
     failed_segments: int = 0  # whose final is empty since no engine survived them
     failed_reports: int = 0  # of telemetry
+    failed_looks: int = 0  # at power and heat
     dropped_samples: int = 0  # of audio
     source_overflows: int = 0  # of the capture driver
     source_faults: int = 0  # times the microphone was lost or silent
@@ -54,16 +56,24 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 class Telemetry:
     """Collects from all stages what `snapshot` then reports for an interval."""
 
-    def __init__(self, session: str, *, energy: Callable[[], Energy | None], usage: Usage | None = None) -> None:
+    def __init__(
+        self,
+        session: str,
+        *,
+        energy: Callable[[], Energy | None],
+        heat: Callable[[], Heat],
+        usage: Usage | None = None,
+    ) -> None:
         self.counters = Counters()
         self._session = session
-        self._energy = energy
+        self._energy, self._heat = energy, heat
         self._usage = usage or Usage()
         self._lock = threading.Lock()  # guards the rest
         self._finalise_ms: deque[float] = deque(maxlen=WINDOW)
         self._end_to_final_ms: deque[float] = deque(maxlen=WINDOW)
         self._busy_s = 0.0  # of the engine
         self._speech_s = 0.0
+        self._cpu_s = 0.0  # since the start
         self._n_snapshots = 0
         self._since_s = time.monotonic()
 
@@ -93,6 +103,8 @@ class Telemetry:
             self._finalise_ms.clear()
             self._end_to_final_ms.clear()
         cpu_s, resident_bytes = self._usage.read()
+        self._cpu_s += cpu_s
+        energy, degrees_c = self._energy(), temperature_c()
         return TelemetryPayload(
             session=self._session,
             sequence=self._n_snapshots,
@@ -105,10 +117,18 @@ class Telemetry:
             end_to_final_ms=end_to_final_ms,
             cpu_percent=round(100 * cpu_s / interval_s, 1) if interval_s > 0 else 0.0,
             resident_bytes=resident_bytes,
-            temperature_c=temperature_c(),
+            temperature_c=degrees_c,
             queues=Queues(outbox_messages=delivery.depth, outbox_bytes=delivery.bytes, backlog_s=backlog_s),
             counters=_counter_values(self.counters, delivery),
-            energy=self._energy(),
+            energy=energy,
+            heat=self._heat(),
+            otel=Otel(
+                hw_energy=energy.total_joules if energy else None,
+                hw_power=energy.watts if energy else None,
+                hw_temperature=degrees_c,
+                process_cpu_time=round(self._cpu_s, 2),
+                process_memory_usage=resident_bytes,
+            ),
         )
 
 

@@ -25,10 +25,18 @@ from whisperlet.errors import WhisperletError
 from . import transcriber
 from .config import RecogniserConfig
 from .engine import load_engine
-from .messages import SpeechChunk, Transcript
-from .pace import Pace
+from .messages import SpeechChunk, Thrift, Transcript
+from .pace import FINALS_ONLY, Pace
 from .protocol import Batch, Failed, Heard, Ready, Start, receive_request, send
 from .quiet import quiet_stderr
+
+LEAST_LEVEL = {  # of the pace
+    Thrift.NORMAL: 0,
+    Thrift.LONGER_HOP: 1,
+    Thrift.NO_PARTIALS: FINALS_ONLY,
+    Thrift.FINALS_ONLY: FINALS_ONLY,
+}
+NEVER_MS = 1e6  # a hop that no segment is long enough for
 
 
 def load(start: Start, bundle: Bundle) -> transcriber.Transcriber:
@@ -65,6 +73,7 @@ class Listener:
         new_s = seconds(sum(len(chunk.samples) for chunk in batch.chunks))
         waited_s = self._waited_s(new_s, began_s) if batch.is_live else 0.0
         if self._pace:
+            self._pace.hold(LEAST_LEVEL[batch.thrift])
             self._pace.find(waited_s)
         transcripts, n_missed = [], 0
         for chunk in batch.chunks:
@@ -72,7 +81,7 @@ class Listener:
             if chunk.is_last:
                 transcripts.append(self._transcriber.finish())
                 n_missed += self._missed.at_end(waited_s)
-        if partial := self._step(new_s):
+        if partial := self._step(new_s, batch.thrift):
             transcripts.append(partial)
         is_slowed = self._pace is not None and self._pace.is_slowed
         n_missed += self._missed.at_step(waited_s, is_made=partial is not None, is_slowed=is_slowed)
@@ -96,13 +105,13 @@ class Listener:
         self._missed.feed(chunk)
         self._transcriber.feed(chunk)
 
-    def _step(self, new_s: float) -> Transcript | None:
+    def _step(self, new_s: float, thrift: Thrift) -> Transcript | None:
         if self._pace is None:
-            return self._transcriber.step()
+            return None if thrift is Thrift.FINALS_ONLY else self._transcriber.step()
         hop_ms = self._pace.hop_ms
         if hop_ms is None:
-            self._pace.observe(0.0, new_s)  # nor is a final heard in advance, which would often be in vain
-            return None
+            self._pace.observe(0.0, new_s)  # nor is a final heard in advance, which would often be in vain ...
+            return self._transcriber.step(NEVER_MS) if thrift is Thrift.NO_PARTIALS else None  # ... but for this
         began_s = self._clock()
         partial = self._transcriber.step(hop_ms)
         if partial:

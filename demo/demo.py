@@ -110,7 +110,7 @@ def measured(telemetry: dict[str, Any]) -> str:
         f"real-time factor {'   -' if factor is None else f'{factor:4.2f}'}",
         f"latency {'   -' if latency is None else f'{latency:4.0f}'} ms",
         f"waiting {telemetry['queues']['outbox_messages']}",
-        f"{energy['joules']:.0f} J" if energy else "no power meter",
+        f"{energy['joules']:.0f} J" if energy and energy["joules"] is not None else "no power meter",
     ))  # fmt: skip
 
 

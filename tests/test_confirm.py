@@ -106,6 +106,26 @@ def test_a_word_alone_is_heard(clips, start_ms, end_ms, lead_s):
     assert len(found) == 1
 
 
+def test_a_strict_gate_still_hears_clear_speech(clips):
+    for path in [*clips, *GOLDEN]:
+        gate = ConfirmedGate(CONFIG)
+        gate.is_strict = True
+        pcm = np.concatenate([read_file(path), silence(1)])
+        assert through(gate, pcm), path.name
+
+
+def test_a_strict_gate_does_not_believe_what_is_only_likely(monkeypatch):
+    """From the next segment on; and it believes it again when it is no longer strict."""
+    monkeypatch.setattr(Look, "hear", lambda _look, _block: CONFIG.confirm_probability + 0.15)
+    gate = ConfirmedGate(PLAIN)
+    noise = np.concatenate([rattle(), silence(1)])
+    heard = []
+    for is_strict in (False, True, False):
+        gate.is_strict = is_strict
+        heard.append(bool(through(gate, noise)))
+    assert heard == [True, False, True]
+
+
 def test_speech_comes_while_it_is_spoken(clip):
     gate = ConfirmedGate(CONFIG)
     heard_after = next(

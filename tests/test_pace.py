@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.pace import CALM_MAX_S, CALM_S, FACTORS, MAX_LOAD, Pace
+from agent.pace import CALM_MAX_S, CALM_S, FACTORS, FINALS_ONLY, MAX_LOAD, Pace
 
 HOP_MS = 300
 LONGEST_MS = HOP_MS * FACTORS[-1]
@@ -194,3 +194,24 @@ def test_no_speech_says_nothing():
     pace.observe(5.0, 0.0)
     pace.find(0.0)
     assert (pace.hop_ms, pace.load) == (HOP_MS, 0)
+
+
+@given(histories, st.integers(0, FINALS_ONLY), histories)
+def test_held_it_never_goes_below_the_level(before, least, after):
+    pace, _ = lived(before)
+    pace.hold(least)
+    allowed = [*FIRST_LEVELS, None][least:]
+    assert pace.hop_ms in allowed
+    for verb, *values in after:
+        getattr(pace, verb)(*values)
+        assert pace.hop_ms in allowed
+
+
+@given(histories, st.integers(0, FINALS_ONLY))
+def test_let_go_it_comes_back_by_itself(history, least):
+    pace, _ = lived(history)
+    pace.hold(least)
+    speak(pace, 0.05, 100)
+    pace.hold(0)
+    speak(pace, 0.05, (len(FACTORS) + 1) * (CALM_MAX_S + CALM_S))
+    assert pace.hop_ms == HOP_MS

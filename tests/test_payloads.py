@@ -9,6 +9,7 @@ from agent import inventory, payloads
 from agent.clock import Clock, rfc3339
 from agent.config import Config
 from agent.inventory import versions
+from agent.measurements import Energy, Heat, Otel
 from agent.messages import Kind, Transcript
 
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schema"
@@ -28,6 +29,16 @@ HEARD = Transcript(
     decode_ms=4.25,
     speech_end_monotonic_s=102.4,
     decided_monotonic_s=102.9,
+)
+MEASURED = Energy(
+    source="rapl",
+    quality="measured_package",
+    joules=60.0,
+    watts=2.0,
+    idle_watts=1.5,
+    joules_per_audio_s=-0.1,
+    joules_per_utterance=3.0,
+    total_joules=600.0,
 )
 FINAL = msgspec.structs.replace(HEARD, is_final=True, revision=3)
 
@@ -62,12 +73,15 @@ def telemetry(**changes):
             dropped_segments=0,
             failed_segments=0,
             failed_reports=0,
+            failed_looks=0,
             reconnects=0,
             dropped_samples=0,
             source_overflows=0,
             source_faults=0,
         ),
         energy=None,
+        heat=Heat(thrift="normal", is_throttled=None, is_under_voltage=None),
+        otel=Otel(hw_energy=None, hw_power=None, hw_temperature=None, process_cpu_time=0.5, process_memory_usage=1),
     )
     return msgspec.structs.replace(example, **changes)
 
@@ -99,8 +113,11 @@ EXAMPLES = [
     payloads.final_payload(msgspec.structs.replace(FINAL, text="", rejected="no_speech"), CLOCK, "s1", 103.0),
     payloads.event_payload("s1", 1, "engine_restarted", "killed by signal 9"),
     telemetry(),
+    telemetry(real_time_factor=0.1, hop_ms=600.0, temperature_c=51.5, energy=MEASURED),
     telemetry(
-        real_time_factor=0.1, hop_ms=600.0, temperature_c=51.5, energy=payloads.Energy(joules=60.0, source="rapl")
+        energy=msgspec.structs.replace(MEASURED, joules=None, watts=None),
+        heat=Heat(thrift="finals_only", is_throttled=True, is_under_voltage=False),
+        otel=Otel(hw_energy=9.0, hw_power=2.0, hw_temperature=51.5, process_cpu_time=0.5, process_memory_usage=1),
     ),
 ]
 

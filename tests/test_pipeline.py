@@ -17,12 +17,13 @@ import soundfile
 import toy
 from brokers import Broker, Subscriber, needs_mosquitto, wait_for
 from ears import workers
+from test_power import tree
 from test_worker_process import replace_engine
 
 from agent import pipeline as pipelines
 from agent.audio_files import read_file
-from agent.config import Config, LogConfig, MqttConfig, RecogniserConfig, TelemetryConfig
-from agent.messages import AudioChunk, Transcript
+from agent.config import Config, LogConfig, MqttConfig, PowerConfig, RecogniserConfig, TelemetryConfig, ThermalConfig
+from agent.messages import AudioChunk, Thrift, Transcript
 from agent.pipeline import Pipeline
 from agent.sources import SourceCounters, paced
 from whisperlet.audio import SAMPLE_RATE
@@ -168,14 +169,15 @@ def make(monkeypatch, tmp_path, broker, clips):
     replace_engine(monkeypatch, tmp_path)
     monkeypatch.setattr(pipelines, "DRAIN_S", 0.5)
     bundle = SimpleNamespace(path=tmp_path / "no.tflite", manifest=toy.make_manifest(), sha256="0" * 64)
-    config = Config(
+    plain = Config(
         mqtt=MqttConfig(url=f"mqtt://127.0.0.1:{broker.port}", device=DEVICE),
         telemetry=TelemetryConfig(interval_s=0.1),
         recogniser=RecogniserConfig(reply_timeout_s=60),
     )
     made = []
 
-    def make():
+    def make(**changes):
+        config = msgspec.structs.replace(plain, **changes)
         made.append(Pipeline(config, bundle, lambda *_: paced(Talk(named(clips, "1995-1837-0001"))), tmp_path))
         return made[-1]
 
@@ -269,6 +271,36 @@ def test_a_report_that_fails_is_counted_and_the_next_one_comes(make, broker, mon
     assert reports[0]["counters"]["failed_reports"] == 2
     assert {0, 1, 2} <= set(beats)
     assert "no such sensor" in caplog.text
+
+
+def test_a_hot_device_says_so_and_does_without(make, broker, tmp_path, monkeypatch):
+    zone = tree(tmp_path / "sys/class/thermal/thermal_zone0", temp=95_000)
+    tree(tmp_path / "sys/class/hwmon/hwmon0", name="ina226", power1_input=4_000_000)
+    pipeline = make(
+        power=PowerConfig(sysfs_dir=str(tmp_path / "sys")),
+        thermal=ThermalConfig(rise_s=0.0, dwell_s=1.0),
+        telemetry=TelemetryConfig(interval_s=1.0, sample_s=0.1),
+    )
+    with Subscriber(broker.port) as heard:
+        thread, _ = started(pipeline)
+        wait_for(lambda: pipeline.monitor.thrift is Thrift.FINALS_ONLY, 30)
+        wait_for(lambda: pipeline.supervisor.hop_ms is None, 30)
+        assert pipeline.gate.is_strict
+        hot = wait_for(
+            lambda: [report for report in heard.on("telemetry") if report["heat"]["thrift"] == "finals_only"]
+        )
+        tree(zone, temp=40_000)
+        wait_for(lambda: pipeline.supervisor.thrift is Thrift.NORMAL, 30)
+        assert not pipeline.gate.is_strict
+        pipeline.stop()
+        thread.join(STOP_S)
+        details = [event["detail"] for event in heard.on("event") if event["name"] == "thermal_level"]
+    assert [detail.partition(":")[0] for detail in details] == [
+        *("longer_hop", "no_partials", "finals_only"),
+        *("no_partials", "longer_hop", "normal"),
+    ]
+    assert hot[0]["energy"]["quality"] == "measured_rail"
+    assert hot[-1]["otel"]["hw.power"] == pytest.approx(4.0)
 
 
 def test_telemetry_tells_what_the_stages_counted(make):

@@ -13,6 +13,7 @@ from test_worker_process import replace_engine
 
 from agent import engine_process
 from agent import supervisor as supervisors
+from agent.messages import Thrift
 from agent.supervisor import EngineLost
 from whisperlet.errors import BundleError
 
@@ -51,8 +52,18 @@ def test_finals_of_all_that_was_said(ear):
     for (utterance, _), final in ear.finals.items():
         assert heard(final)[:2] == checksum(NOISE[: 1000 * utterance])
     assert ear.engine.counters.speech_s == pytest.approx(15_000 / 16_000)
+    assert ear.engine.counters.utterances == 5
     assert ear.engine.counters.busy_s >= 0
     assert (ear.engine.backlog, ear.engine.backlog_s, ear.events) == (0, 0, [])
+
+
+def test_a_hot_device_makes_no_partials_and_does_not_blame_the_engine(ear):
+    ear.engine.thrift = Thrift.NO_PARTIALS
+    ear.say(NOISE[:3000], pieces=3)
+    ear.hear_all()
+    assert [transcript.is_final for transcript in ear.transcripts] == [True]
+    assert ear.engine.hop_ms is None
+    assert ear.events == []
 
 
 def test_speech_that_waits_is_joined(ear, stub):

@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from agent.clock import Clock
+from agent.measurements import Energy, Heat
 from agent.messages import Kind, Transcript
-from agent.payloads import Energy, Queues, final_payload, partial_payload
-from agent.power import RaplMeter
+from agent.payloads import Queues, final_payload, partial_payload
 from agent.telemetry import WINDOW, Delivery, Telemetry, Usage, percentiles, temperature_c
 
 DELIVERY = Delivery(
@@ -24,6 +24,17 @@ DELIVERY = Delivery(
     reconnects=5,
 )
 HEARD = Transcript(1, 0, 1, "a", 0, 0, 32_000, is_final=False, language="en", encode_ms=100.0, decode_ms=50.0)
+NO_HEAT = Heat(thrift="normal", is_throttled=None, is_under_voltage=None)
+SPENT = Energy(
+    source="rapl",
+    quality="measured_package",
+    joules=1.0,
+    watts=0.5,
+    idle_watts=None,
+    joules_per_audio_s=None,
+    joules_per_utterance=None,
+    total_joules=7.0,
+)
 CLOCK = Clock(0.0, 0.0, 0.0)
 
 
@@ -34,7 +45,7 @@ def final(finalise_ms):
 
 @pytest.fixture
 def telemetry():
-    return Telemetry("s", energy=lambda: None)
+    return Telemetry("s", energy=lambda: None, heat=lambda: NO_HEAT)
 
 
 def test_snapshot_covers_an_interval(telemetry):
@@ -65,9 +76,25 @@ def test_counters_come_from_everywhere(telemetry):
     assert (counters.refused_messages, counters.reconnects) == (3, 5)
 
 
-def test_energy_is_what_the_meter_says():
-    spent = Energy(joules=1.0, source="rapl")
-    assert Telemetry("s", energy=lambda: spent).snapshot(DELIVERY, 0.0, None).energy == spent
+def test_energy_and_heat_are_what_the_meters_say():
+    hot = Heat(thrift="longer_hop", is_throttled=True, is_under_voltage=None)
+    snapshot = Telemetry("s", energy=lambda: SPENT, heat=lambda: hot).snapshot(DELIVERY, 0.0, None)
+    assert (snapshot.energy, snapshot.heat) == (SPENT, hot)
+
+
+def test_measurements_go_by_the_names_of_opentelemetry_too(monkeypatch):
+    monkeypatch.setattr("agent.telemetry.temperature_c", lambda: 51.5)
+    uses = iter([(1.25, 1000), (0.5, 2000)])
+    usage = SimpleNamespace(read=lambda: next(uses))
+    telemetry = Telemetry("s", energy=lambda: SPENT, heat=lambda: NO_HEAT, usage=usage)
+    telemetry.snapshot(DELIVERY, 0.0, None)
+    assert msgspec.to_builtins(telemetry.snapshot(DELIVERY, 0.0, None).otel) == {
+        "hw.energy": 7.0,
+        "hw.power": 0.5,
+        "hw.temperature": 51.5,
+        "process.cpu.time": 1.75,
+        "process.memory.usage": 2000,
+    }
 
 
 def test_latency_windows_are_bounded(telemetry):
@@ -135,47 +162,3 @@ def test_temperature_is_the_hottest_sensor(monkeypatch):
     assert temperature_c() is None
     monkeypatch.delattr(psutil, "sensors_temperatures")
     assert temperature_c() is None
-
-
-def zone(root, directory, name, energy_uj, range_uj=1_000_000):
-    folder = root / directory
-    folder.mkdir(exist_ok=True)
-    for file, value in (("name", name), ("energy_uj", energy_uj), ("max_energy_range_uj", range_uj)):
-        (folder / file).write_text(f"{value}\n")
-
-
-def test_energy_of_all_packages_and_of_nothing_twice(tmp_path):
-    zone(tmp_path, "intel-rapl:0", "package-0", 100)
-    zone(tmp_path, "intel-rapl:1", "package-1", 100)
-    for directory, name in (("intel-rapl:0:0", "core"), ("intel-rapl:2", "psys"), ("intel-rapl-mmio:0", "package-0")):
-        zone(tmp_path, directory, name, 0)
-    meter = RaplMeter(tmp_path)
-    for directory in ("intel-rapl:0:0", "intel-rapl:2", "intel-rapl-mmio:0"):
-        (tmp_path / directory / "energy_uj").write_text("77000")
-    zone(tmp_path, "intel-rapl:0", "package-0", 500_100)
-    zone(tmp_path, "intel-rapl:1", "package-1", 250_100)
-    assert meter.read() == Energy(joules=0.75, source="rapl")
-    assert meter.read() == Energy(joules=0.0, source="rapl")
-
-
-def test_energy_counter_wraps_around(tmp_path):
-    zone(tmp_path, "intel-rapl:0", "package-0", 900_000)
-    meter = RaplMeter(tmp_path)
-    zone(tmp_path, "intel-rapl:0", "package-0", 100_000)
-    assert meter.read() == Energy(joules=0.2, source="rapl")
-    zone(tmp_path, "intel-rapl:0", "package-0", 0, range_uj="")
-    unknown_range = RaplMeter(tmp_path)
-    unknown_range._last_uj = [5]
-    assert unknown_range.read() is None
-
-
-def test_energy_is_never_guessed(tmp_path):
-    assert RaplMeter(tmp_path / "none").read() is None
-    zone(tmp_path, "intel-rapl:0", "package-0", 0)
-    zone(tmp_path, "intel-rapl:1", "package-1", 0)
-    meter = RaplMeter(tmp_path)
-    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()  # as good as unreadable, which root never sees
-    assert meter.read() is None
-    zone(tmp_path, "intel-rapl:1", "package-1", 0)
-    assert meter.read() is None  # since when?
-    assert meter.read() == Energy(joules=0.0, source="rapl")

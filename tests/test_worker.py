@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.config import RecogniserConfig
-from agent.messages import SpeechChunk, Transcript
+from agent.messages import SpeechChunk, Thrift, Transcript
 from agent.protocol import Batch
 from agent.worker import Listener
 from whisperlet.audio import samples, seconds
@@ -30,6 +30,8 @@ class Simulation:
         self.finals, self.partials, self.hops, self.lateness_s = {}, [], [], []
         self.n_skipped = 0
         self.is_live = True
+        self.thrift = Thrift.NORMAL
+        self.n_in_advance = 0  # finals that could have been heard in advance
         self.n_steps = 0  # that were asked for
 
     # what the transcriber does
@@ -43,6 +45,7 @@ class Simulation:
 
     def step(self, hop_ms=None):
         self.n_steps += 1
+        self.n_in_advance += not self.last.is_last
         if self.n - self.n_stepped < samples(hop_ms or self.config.hop_ms) or not self.config.partials:
             return None
         self.n_stepped = self.n
@@ -63,7 +66,7 @@ class Simulation:
 
     def hear(self, *chunks):
         """One batch, now."""
-        result = self.listener.hear(Batch(list(chunks), self.is_live))
+        result = self.listener.hear(Batch(list(chunks), self.is_live, self.thrift))
         self.n_skipped += result.skipped
         self.hops.append(result.hop_ms)
         for transcript in result.transcripts:
@@ -247,3 +250,41 @@ def test_a_transcriber_without_news_is_not_late():
     machine.step = lambda hop_ms=None: None
     machine.say(5.0)
     assert (machine.hops[-1], machine.n_skipped) == (300, 0)
+
+
+@pytest.mark.parametrize(
+    ("thrift", "hop_ms", "n_partials", "in_advance"),
+    [
+        (Thrift.NORMAL, 300, 33, True),
+        (Thrift.LONGER_HOP, 600, 16, True),
+        (Thrift.NO_PARTIALS, None, 0, True),
+        (Thrift.FINALS_ONLY, None, 0, False),
+    ],
+)
+def test_a_hot_device_does_without(thrift, hop_ms, n_partials, in_advance):
+    machine = Simulation(step_s=0.1, final_s=0.2)
+    machine.thrift = thrift
+    machine.say(10.0, 10.0)
+    assert set(machine.hops) == {hop_ms}
+    assert len(machine.partials) == 2 * n_partials
+    assert (machine.n_in_advance > 0) is in_advance
+    assert machine.n_skipped == pytest.approx(2 * (33 - n_partials), abs=2)
+    machine.assert_all_is_heard(10.0, 10.0)
+
+
+def test_once_cool_again_partials_come_back():
+    machine = Simulation(step_s=0.1)
+    machine.thrift = Thrift.FINALS_ONLY
+    machine.say(10.0)
+    machine.thrift = Thrift.NORMAL
+    machine.say(10.0, 10.0, 10.0)
+    assert (machine.hops[0], machine.hops[-1]) == (None, 300)
+
+
+@pytest.mark.parametrize("thrift", Thrift)
+def test_without_partials_only_the_final_in_advance_is_at_stake(thrift):
+    machine = Simulation(partials=False)
+    machine.thrift = thrift
+    machine.say(5.0)
+    assert (machine.n_in_advance > 0) is (thrift is not Thrift.FINALS_ONLY)
+    machine.assert_all_is_heard(5.0)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from agent.audio_files import read_file
-from agent.power import RaplMeter
+from agent.config import PowerConfig
+from agent.energy import Meter
+from agent.power import power_source
 from convert.speechset import Clip
 from whisperlet.audio import Pcm16, seconds
 
@@ -47,7 +49,7 @@ def run(context: Context) -> Result:
     """One way after the other."""
     clips = context.clips("en_read_dev", N_CLIPS)
     audio_s = sum(seconds(len(read_file(clip.audio))) for clip in clips)
-    meter = RaplMeter()
+    meter = Meter(power_source(PowerConfig(source="rapl"), lambda: 0.0))
     idle_watts = idle(meter, 2.0 if context.quick else IDLE_S)
     used = {
         STREAMING: _ours(context, clips, meter, STREAMING, partials=True),
@@ -71,16 +73,15 @@ def run(context: Context) -> Result:
     )
 
 
-def idle(meter: RaplMeter, duration_s: float) -> float | None:
+def idle(meter: Meter, duration_s: float) -> float | None:
     """Watts of the package while nothing is heard."""
     meter.read()
-    began_s = time.monotonic()
     time.sleep(duration_s)
     energy = meter.read()
-    return round(energy.joules / (time.monotonic() - began_s), 3) if energy else None
+    return energy.watts if energy else None
 
 
-def _ours(context: Context, clips: Sequence[Clip], meter: RaplMeter, what: str, *, partials: bool) -> Used:
+def _ours(context: Context, clips: Sequence[Clip], meter: Meter, what: str, *, partials: bool) -> Used:
     with Stepped(context.bundle, context.recogniser(partials=partials)) as engine:
 
         def hear(pcm: Pcm16) -> None:
@@ -89,13 +90,13 @@ def _ours(context: Context, clips: Sequence[Clip], meter: RaplMeter, what: str, 
         return measured(what, clips, hear, lambda: engine.meter.core_s, meter)
 
 
-def _torch(context: Context, clips: Sequence[Clip], meter: RaplMeter) -> Used:
+def _torch(context: Context, clips: Sequence[Clip], meter: Meter) -> Used:
     with tempfile.TemporaryDirectory() as name, Peer("pytorch", context.source, context.threads, Path(name)) as peer:
         return measured(TORCH, clips, peer.ask, lambda: peer.meter.core_s, meter)
 
 
 def measured(
-    what: str, clips: Sequence[Clip], hear: Callable[[Pcm16], object], core_s: Callable[[], float], meter: RaplMeter
+    what: str, clips: Sequence[Clip], hear: Callable[[Pcm16], object], core_s: Callable[[], float], meter: Meter
 ) -> Used:
     """All clips, one after the other; the first is heard once before, so that what is made once does not count."""
     audio = [read_file(clip.audio) for clip in clips]
