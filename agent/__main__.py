@@ -12,11 +12,13 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.console import Console
 
 from whisperlet.bundle import Bundle, open_bundle
 from whisperlet.errors import ConfigError, WhisperletError
 
 from . import config as configs
+from . import doctor as doctors
 from . import logs
 from .config import Config, LogConfig, checked_language, default_cache_dir
 from .confirm import ConfirmedGate
@@ -83,6 +85,27 @@ def transcribe(
             _print_file(file, finals, as_json=json)
     finally:
         engine.stop()
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = None,
+    bundle: BundleOption = None,
+    broker: Annotated[str | None, typer.Option(help="mqtt://HOST[:PORT]; overrides mqtt.url.")] = None,
+    microphone: Annotated[bool, typer.Option(help="Listen; the service must be stopped for it.")] = True,
+    listen_s: Annotated[float, typer.Option(min=0.5, max=60, help="For how many seconds.")] = 3.0,
+    json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Say what is wrong with this device, and what to change. Exit code 0: nothing; 1: warnings; 2: something fails."""
+    overrides = {"recogniser.bundle": bundle, "mqtt.url": broker}
+    errors = Console(stderr=True)
+    tell = (lambda _what: None) if json or not errors.is_terminal else errors.print
+    findings = doctors.examine(config, overrides, listen_s if microphone else None, tell)
+    if json:
+        print(doctors.as_json(findings))
+    else:
+        doctors.print_table(findings, Console(width=None if sys.stdout.isatty() else 160))
+    raise typer.Exit(doctors.exit_code(findings))
 
 
 def _hear_file(source: Source, settings: Config, engine: Supervisor) -> None:

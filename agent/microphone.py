@@ -39,6 +39,7 @@ class Microphone:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counters = counters or SourceCounters()
+        self.name, self.rate, self.n_channels = "", 0, 0  # of the device itself
         self._clock = clock
         self._closing = threading.Lock()
         self._stream: Any = None
@@ -56,14 +57,14 @@ class Microphone:
 
     def __iter__(self) -> Iterator[AudioChunk]:
         """Chunks from the opening of the device until `close`; raises AudioDeviceLost when no more come."""
-        resampler, next_frame, start = Resampler(self._rate), 0, 0
+        resampler, next_frame, start = Resampler(self.rate), 0, 0
         for block in self._blocks():
             if block.first_frame != next_frame:  # dropped at the ring: time went on
-                resampler = Resampler(self._rate)
-                start = round(block.first_frame * SAMPLE_RATE / self._rate)
+                resampler = Resampler(self.rate)
+                start = round(block.first_frame * SAMPLE_RATE / self.rate)
             next_frame = block.first_frame + block.n_frames
-            pcm = resampler(_deinterleaved(block, self._n_channels))
-            lag_s = next_frame / self._rate - seconds(start + len(pcm))  # what the resampler still holds
+            pcm = resampler(_deinterleaved(block, self.n_channels))
+            lag_s = next_frame / self.rate - seconds(start + len(pcm))  # what the resampler still holds
             if len(pcm):
                 yield AudioChunk(pcm, start, block.arrived_s - lag_s)
             start += len(pcm)
@@ -81,28 +82,28 @@ class Microphone:
                 self._portaudio = None
 
     def _open(self, device: dict[str, Any], config: SourceConfig, pyaudio: Any) -> None:
-        self._name = device["name"]
+        self.name = device["name"]
         refusal: OSError | None = None
-        for self._rate, self._n_channels in _formats(device):
-            self._ring = Ring(round(config.ring_s * self._rate))
+        for self.rate, self.n_channels in _formats(device):
+            self._ring = Ring(round(config.ring_s * self.rate))
             try:
                 self._stream = self._portaudio.open(
-                    rate=self._rate,
-                    channels=self._n_channels,
+                    rate=self.rate,
+                    channels=self.n_channels,
                     format=pyaudio.paInt16,
                     input=True,
                     input_device_index=device["index"],
-                    frames_per_buffer=self._rate * config.chunk_ms // 1000,
+                    frames_per_buffer=self.rate * config.chunk_ms // 1000,
                     stream_callback=self._callback(pyaudio),
                 )
             except OSError as error:
                 refusal = error
             else:
                 return
-        raise AudioDeviceLost(f"microphone {self._name!r}: cannot be opened: {refusal and refusal.args[-1]}")
+        raise AudioDeviceLost(f"microphone {self.name!r}: cannot be opened: {refusal and refusal.args[-1]}")
 
     def _callback(self, pyaudio: Any) -> Callable[[bytes, int, Any, int], tuple[None, int]]:
-        ring, counters, clock, rate = self._ring, self.counters, self._clock, self._rate
+        ring, counters, clock, rate = self._ring, self.counters, self._clock, self.rate
 
         def callback(data: bytes, n_frames: int, _times: Any, status: int) -> tuple[None, int]:
             counters.dropped_samples += ring.put(data, n_frames, clock()) * SAMPLE_RATE // rate
@@ -112,15 +113,15 @@ class Microphone:
         return callback
 
     def _blocks(self) -> Iterator[Block]:
-        timeout_s, watch = START_S, RateWatch(self._rate)
+        timeout_s, watch = START_S, RateWatch(self.rate)
         try:
             while (block := self._ring.get(timeout_s)) is not None:
                 timeout_s = DEAD_S
                 if found := watch.wrong(block, self.counters.overflows):
-                    raise AudioDeviceLost(f"microphone {self._name!r}: {found:.0f} Hz where {self._rate} were promised")
+                    raise AudioDeviceLost(f"microphone {self.name!r}: {found:.0f} Hz where {self.rate} were promised")
                 yield block
         except TimeoutError:
-            raise AudioDeviceLost(f"microphone {self._name!r}: no audio for {timeout_s:g} s") from None
+            raise AudioDeviceLost(f"microphone {self.name!r}: no audio for {timeout_s:g} s") from None
 
 
 class RateWatch:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from brokers import wait_for
 
+from agent import ear_check
 from agent.audio_files import read_file
 from agent.config import RecogniserConfig, SourceConfig
+from agent.findings import Level
 from agent.messages import SpeechChunk
 from agent.microphone import Microphone
 from agent.reopening import ReopeningMicrophone
@@ -345,3 +347,13 @@ def test_an_alsa_device_that_reads_a_file(room, speech, tmp_path):
     with Ear(device="recording") as ear:
         ear.hears(speech)
         assert ear.names == []
+
+
+def test_the_doctor_listens_to_it(room):
+    (microphone, *others) = ear_check.examine(SourceConfig(device="room"), 1.0)
+    assert "room, 16000 Hz, 1 channel" in microphone.found
+    assert [f.check for f in others if f.level is Level.FAIL] == ["level"]  # nothing plays: a muted microphone
+    room.play(np.random.default_rng(0).normal(0, 100, 8 * SAMPLE_RATE).astype(np.int16))
+    wait_for(
+        lambda: {f.check: f.level for f in ear_check.examine(SourceConfig(device="room"), 1.0)}["level"] is Level.OK
+    )
