@@ -166,6 +166,7 @@ def follow(
     draft: Draft,
     *,
     frontier: int,
+    edge: int,
     limit: int,
     block: int,
 ) -> Draft:
@@ -174,7 +175,8 @@ def follow(
     The draft's unstable tokens are verified in the first pass, which appends to what is stable those that were heard
     twice and whose alignment heads look at a frame before `frontier`: the audio that they stand for is complete (as in
     AlignAtt, Papi et al. 2023). What is said further on is unstable, up to where the heads look at the padding rather
-    than at the audio, or far back: there the model only goes on because it must.
+    than at the audio, or far back: there the model only goes on because it must. Nor is anything asked for after a
+    token that looks at `edge` or beyond: its end is hardly heard yet, and a pass costs as much as a look at it later.
     """
     known = [*prompt, *draft.stable]
     decoder.position = min(decoder.position, len(known) - 1)
@@ -201,7 +203,7 @@ def follow(
             if token == vocabulary.eot or lost or len(heard.tokens) >= limit:
                 return _parted(heard, draft, n_agreed, frontier)
             heard.add(token, frame, logprob)
-        if loop_start(heard.tokens) is not None:
+        if loop_start(heard.tokens) is not None or heard.looks[-1] >= edge:
             return _parted(heard, draft, n_agreed, frontier)
         known, proposal = [picks[n]], []
 

@@ -49,8 +49,10 @@ class Talker:
         return logits
 
 
-def follow(talker, draft=NOTHING, frontier=END, limit=60, block=16):
-    return decoding.follow(talker, toy.VOCABULARY, PROMPT, draft, frontier=frontier, limit=limit, block=block)
+def follow(talker, draft=NOTHING, frontier=END, limit=60, block=16, edge=END):
+    return decoding.follow(
+        talker, toy.VOCABULARY, PROMPT, draft, frontier=frontier, edge=edge, limit=limit, block=block
+    )
 
 
 def parts(draft):
@@ -186,6 +188,14 @@ def test_the_doubt_that_anyone_spoke_stands_after_the_first_token():
     assert draft.hypothesis.no_speech_prob == pytest.approx(1 / toy.DIMS.n_vocab)
     talker.height = 9.0
     assert follow(talker.says(40, 41, 42), draft).no_speech_prob == draft.no_speech_prob
+
+
+def test_nothing_is_asked_for_after_a_token_at_the_edge():
+    talker = Talker(40, 41, 42, 43, 44)  # that look at 0, 10, 20 ...
+    draft = follow(talker, edge=20)
+    assert draft.tokens == [40, 41, 42]
+    assert len(talker.passes) == 3
+    assert follow(talker, draft, edge=40).tokens == [40, 41, 42, 43, 44]  # the verifying pass may tell what follows
 
 
 def test_nothing_heard_has_no_probability():
