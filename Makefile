@@ -113,7 +113,7 @@ bench: venv bundle
 	@$(BIN)/python -m tests.benchmarks $(BENCH) --bundle $(BUNDLE)
 
 schemas: $(STAMP)
-	@$(BIN)/python -m agent.payloads docs/schema
+	@$(BIN)/python -m agent.schemas docs/schema
 
 # The configuration is the operator's once it is there. A board has not every file, and the bundle may come another way.
 install-device:

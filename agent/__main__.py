@@ -22,8 +22,10 @@ from . import doctor as doctors
 from . import logs
 from .config import Config, LogConfig, checked_language, default_cache_dir
 from .confirm import ConfirmedGate
+from .controls import RESTART_STATUS
+from .hearing import listen
 from .messages import SpeechChunk, Transcript
-from .pipeline import Pipeline, listen
+from .pipeline import Pipeline
 from .sources import Source, open_source, paced
 from .supervisor import EngineLost, Supervisor
 
@@ -62,6 +64,8 @@ def run(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: pipeline.stop())
     pipeline.run(realtime=pace or source == "mic")
+    if pipeline.controls.is_restart_asked:
+        raise typer.Exit(RESTART_STATUS)
 
 
 @app.command()

@@ -79,6 +79,9 @@ class MqttConfig(Section, frozen=True):
     will_delay_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 30  # MQTT 5 only
     reconnect_min_s: Annotated[float, msgspec.Meta(ge=0.1, le=60)] = 1.0
     reconnect_max_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 60.0
+    commands: bool = True  # listen on the topics cmd/... and desired
+    home_assistant: bool = False  # introduce the device there
+    home_assistant_prefix: Annotated[str, msgspec.Meta(pattern="^[^#+]+$")] = "homeassistant"
 
 
 class OutboxConfig(Section, frozen=True):
@@ -156,7 +159,7 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
     try:
         config = msgspec.convert(tables, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{origin}: {_key_and_reason(str(error))}") from None
+        raise ConfigError(f"{origin}: {key_and_reason(str(error))}") from None
     return _checked(config, origin)
 
 
@@ -169,11 +172,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
 
 
-def _key_and_reason(message: str) -> str:
-    """`msgspec`'s "reason - at `$.a.b`" with the key in front."""
+def key_and_reason(message: str, whole: str = "the file") -> str:
+    """`msgspec`'s "reason - at `$.a.b`" with the key in front, or the name of the whole."""
     reason, _, where = message.partition(" - at `$")
     unknown = re.fullmatch(r"Object contains unknown field `(.+)`", reason)
-    key = (where.strip("`.") + ("." + unknown[1] if unknown else "")).strip(".") or "the file"
+    key = (where.strip("`.") + ("." + unknown[1] if unknown else "")).strip(".") or whole
     return f"{key}: {'unknown key' if unknown else reason}"
 
 
@@ -183,14 +186,19 @@ def _checked(config: Config, origin: str) -> Config:
         raise ConfigError(f"{origin}: mqtt.url: {config.mqtt.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
     if config.mqtt.device is not None and not re.fullmatch(r"[^/+#\0]+", config.mqtt.device):
         raise ConfigError(f"{origin}: mqtt.device: {config.mqtt.device!r} is empty or contains one of / + #")
-    if config.vad.cut_window_s >= config.vad.max_segment_s:
-        raise ConfigError(f"{origin}: vad.cut_window_s: must be less than vad.max_segment_s")
+    if reason := contradiction(config.vad):
+        raise ConfigError(f"{origin}: {reason}")
     thermal = config.thermal
     if not thermal.longer_hop_c < thermal.no_partials_c < thermal.finals_only_c:
         raise ConfigError(f"{origin}: thermal: longer_hop_c, no_partials_c and finals_only_c must grow in this order")
     if config.power.source == "model" and config.power.core_watts is None:
         raise ConfigError(f'{origin}: power.core_watts: must be set for power.source = "model"')
     return config
+
+
+def contradiction(vad: VadConfig) -> str | None:
+    """Why these cannot hold together, beginning with a key; None if they can."""
+    return None if vad.cut_window_s < vad.max_segment_s else "vad.cut_window_s: must be less than vad.max_segment_s"
 
 
 def _is_broker(url: str) -> bool:

@@ -34,12 +34,25 @@ class ConfirmedGate:
 
     def __init__(self, config: VadConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._gate = Gate(config, clock)
-        self._is_asked = config.confirm_probability > 0
         self._looks = [Look(0), Look(BLOCK // 2)]
-        self._usual, self._strict = Evidence(config), Evidence(_stricter(config))
-        self._evidence = self._usual
         self.is_strict = False  # from the next segment on; may be set from any thread
         self.n_rejected = 0  # segments
+        self._judge_by(config)
+
+    @property
+    def is_open(self) -> bool:
+        """See `Gate.is_open`."""
+        return self._gate.is_open
+
+    def retune(self, config: VadConfig) -> None:
+        """See `Gate.retune`."""
+        self._gate.retune(config)
+        self._judge_by(config)
+
+    def _judge_by(self, config: VadConfig) -> None:
+        self._is_asked = config.confirm_probability > 0
+        self._usual, self._strict = Evidence(config), Evidence(_stricter(config))
+        self._evidence = self._usual
         self._begin()
 
     def feed(self, chunk: AudioChunk) -> list[SpeechChunk]:

@@ -6,6 +6,7 @@ paho's network loop is turned from outside (`turn`), so its callbacks run in the
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import select
 import socket
@@ -13,18 +14,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from .broker import Broker
 from .config import MqttConfig
-from .messages import Envelope
+from .messages import Envelope, Notice, Request
 
 MAX_IN_FLIGHT = 20  # messages without a PUBACK; less if the broker's Receive Maximum says so
+MAX_PACKET_BYTES = 64 * 1024  # that the broker may send us; MQTT 5 only
+ASKED = ("cmd/+", "desired")  # topics of this device on which it is told something
 CONNECT_TIMEOUT_S = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 class Waker:
@@ -56,17 +62,26 @@ class Waker:
 
 
 class Link:
-    """A connection from the attempt to its end. `on_puback(mid, reason)` is called from within `turn`."""
+    """A connection from the attempt to its end.
+
+    `on_puback(mid, reason)` and `on_request(request)` are called from within `turn`; without the latter nothing is asked
+    of the broker.
+    """
 
     def __init__(
-        self, broker: Broker, config: MqttConfig, will: Envelope, on_puback: Callable[[int, ReasonCode], None]
+        self,
+        broker: Broker,
+        config: MqttConfig,
+        will: Envelope,
+        on_puback: Callable[[int, ReasonCode], None],
+        on_request: Callable[[Request], None] | None = None,
     ) -> None:
         self.max_in_flight = MAX_IN_FLIGHT
         self.greeting: ReasonCode | None = None  # of CONNACK
         self.goodbye: ReasonCode | None = None  # why the connection ended
         self._broker = broker
         self._config = config
-        self._on_puback = on_puback
+        self._on_puback, self._on_request = on_puback, on_request
         self._greeted_s = math.inf  # time.monotonic()
         self._client = self._new_client(will)
 
@@ -99,10 +114,15 @@ class Link:
                 self._broker.port,
                 self._config.keepalive_s,
                 clean_start=False,
-                properties=_properties(PacketTypes.CONNECT, SessionExpiryInterval=delay_s),
+                properties=_properties(
+                    PacketTypes.CONNECT, SessionExpiryInterval=delay_s, MaximumPacketSize=MAX_PACKET_BYTES
+                ),
             )
         else:
             self._client.connect(self._broker.host, self._broker.port, self._config.keepalive_s)
+        # An answer would wait for the acknowledgement of what was sent just before it, 40 ms.
+        sock: Any = self._client.socket()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def publish(self, envelope: Envelope) -> int:
         """Send an envelope; returns paho's id for it."""
@@ -111,6 +131,13 @@ class Link:
         if envelope.historical and self._config.version == "5":
             properties = _properties(PacketTypes.PUBLISH, UserProperty=[("historical", "true")])
         return self._client.publish(topic, envelope.payload, envelope.qos, envelope.retain, properties).mid
+
+    def send(self, notice: Notice) -> int:
+        """Send a notice; returns paho's id for it."""
+        properties = None
+        if notice.correlation is not None and self._config.version == "5":
+            properties = _properties(PacketTypes.PUBLISH, CorrelationData=notice.correlation)
+        return self._client.publish(notice.topic, notice.payload, 1, notice.retain, properties).mid
 
     def turn(self, waker: Waker, timeout_s: float) -> None:
         """Wait for the network or for `waker`, then let paho read, write and look at the time."""
@@ -153,12 +180,37 @@ class Link:
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_publish
+        client.on_message = self._on_message
+        client.on_subscribe = self._on_subscribe
         return client
 
     def _on_connect(self, _c: Client, _u: Any, _f: ConnectFlags, reason: ReasonCode, properties: Any) -> None:
         self.greeting = reason
         self._greeted_s = time.monotonic()
         self.max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
+        if self._on_request is not None and not reason.is_failure:
+            self._client.subscribe([(self._broker.topic(name), self._subscription()) for name in ASKED])
+
+    def _subscription(self) -> Any:
+        return SubscribeOptions(qos=1) if self._config.version == "5" else 1
+
+    def _on_subscribe(self, _c: Client, _u: Any, _mid: int, reasons: list[ReasonCode], _p: Any) -> None:
+        for name, reason in zip(ASKED, reasons, strict=False):
+            if reason.is_failure:
+                logger.warning("the MQTT broker lets nobody tell us anything on %s: %s", name, reason)
+
+    def _on_message(self, _c: Client, _u: Any, message: MQTTMessage) -> None:
+        assert self._on_request is not None
+        properties = message.properties
+        request = Request(
+            message.topic.removeprefix(self._broker.topic("")),
+            bytes(message.payload),
+            is_retained=message.retain,
+            is_again=message.dup,
+            response_topic=getattr(properties, "ResponseTopic", None),
+            correlation=getattr(properties, "CorrelationData", None),
+        )
+        self._on_request(request)
 
     def _on_disconnect(self, _c: Client, _u: Any, _f: DisconnectFlags, reason: ReasonCode, _p: Any) -> None:
         self.goodbye = self.goodbye or reason

@@ -1,6 +1,7 @@
 """Messages between the stages, in the order of the arrows they travel on.
 
     source -AudioChunk-> gate -SpeechChunk-> transcriber -Transcript-> publisher -Envelope-> outbox
+    broker -Request-> dispatcher -Notice-> broker
 
 Time is counted in samples since the source was opened, at 16 kHz; a gap in the audio shows as a jump of
 `start`. `*_s` fields that end in `monotonic_s` are `time.monotonic()` of this machine, comparable between its
@@ -140,3 +141,23 @@ class Outbox(Protocol):
 
     def dropped(self) -> dict[Kind, int]:
         """Messages lost so far, by kind."""
+
+
+class Request(msgspec.Struct, frozen=True):
+    """Something that the broker has sent us."""
+
+    topic: str  # below whisperlet/<device>/
+    payload: bytes
+    is_retained: bool = False  # it was there before we asked
+    is_again: bool = False  # the broker may have sent it before
+    response_topic: str | None = None  # MQTT 5: where the answer is to go ...
+    correlation: bytes | None = None  # ... and with what
+
+
+class Notice(msgspec.Struct, frozen=True):
+    """A payload for those who listen now: sent on this connection or never."""
+
+    topic: str  # as a whole
+    payload: bytes
+    retain: bool = False
+    correlation: bytes | None = None

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 from paho.mqtt.reasoncodes import ReasonCode
@@ -22,10 +23,11 @@ from whisperlet.errors import ConfigError
 from .broker import Broker
 from .config import MqttConfig
 from .link import CONNECT_TIMEOUT_S, Link, Waker
-from .messages import Envelope, Kind, Outbox
+from .messages import Envelope, Kind, Notice, Outbox, Request
 from .patience import Patience
 from .payloads import Condition, InfoPayload, historical, status_payload, to_envelope
 
+MAX_NOTICES = 64  # that wait to be sent; the oldest goes first
 MAX_PARTIALS = 8  # that wait to be sent; the oldest goes first
 RESOLVE_S = 60.0  # that the system may take to find the broker's address
 FAREWELL_S = 1.0  # to have `offline` acknowledged when the agent stops
@@ -41,7 +43,18 @@ class PublisherCounts(msgspec.Struct, frozen=True):
     partials_sent: int
     partials_dropped: int
     refused: int  # by the broker, with a reason code
+    notices_dropped: int  # answers to commands
     errors: int  # of our own
+
+
+class Remote(Protocol):
+    """Who answers what the broker sends; called from the publisher's thread."""
+
+    def greeting(self) -> list[Notice]:
+        """What a new connection begins with."""
+
+    def handle(self, request: Request) -> list[Notice]:
+        """What is to be published in answer."""
 
 
 class Publisher:
@@ -59,6 +72,7 @@ class Publisher:
         *,
         condition: Callable[[], Condition | None] = lambda: None,
         beat: Callable[[float], None] = lambda _within_s: None,
+        remote: Remote | None = None,
         rng: Callable[[], float] = random.random,
         takeover_retry_s: float = 30.0,
     ) -> None:
@@ -67,6 +81,8 @@ class Publisher:
         self._outbox = outbox
         self._info = info
         self._on_event, self._condition, self._beat = on_event, condition, beat
+        self._remote = remote
+        self._notices: deque[Notice] = deque(maxlen=MAX_NOTICES)
         self._has_news = threading.Event()  # the retained status is to be written again
         self._patience = Patience(config, takeover_retry_s, on_event, rng)
         self._in_flight: dict[int, tuple[int | None, str]] = {}  # by paho's id: id in the outbox, topic
@@ -143,7 +159,8 @@ class Publisher:
         """Connect and serve until the connection ends; returns the wait before the next attempt in seconds."""
         self._renew_login()
         will = to_envelope(status_payload(self._info.session, "connection_lost"))
-        link = Link(self._broker, self._config, will, self._on_puback)
+        on_request = self._on_request if self._remote and self._config.commands else None
+        link = Link(self._broker, self._config, will, self._on_puback, on_request)
         try:
             if self._open(link):
                 self._serve(link)
@@ -194,7 +211,7 @@ class Publisher:
         return self._deadline_s - time.monotonic()
 
     def _is_done(self) -> bool:
-        is_empty = not self._in_flight and self._outbox.depth == 0
+        is_empty = not self._in_flight and not self._notices and self._outbox.depth == 0
         return self._stop.is_set() and (is_empty or self._time_left_s() <= 0)
 
     def _greet(self, link: Link) -> None:
@@ -206,7 +223,15 @@ class Publisher:
         self._has_news.set()
         self._send_status(link)
         self._publish(link, to_envelope(self._info), None)
+        self._notices.extend(self._remote.greeting() if self._remote else ())
         self._report_drops()
+
+    def _on_request(self, request: Request) -> None:
+        assert self._remote is not None
+        notices = self._remote.handle(request)
+        with self._lock:  # whoever floods us with commands does not get all of the answers
+            self._counts["notices_dropped"] += max(0, len(self._notices) + len(notices) - MAX_NOTICES)
+        self._notices.extend(notices)
 
     def _send_status(self, link: Link) -> None:
         """Past the outbox, where it could wait until it is not true any more."""
@@ -230,6 +255,9 @@ class Publisher:
             link.publish(envelope)
 
     def _send_waiting(self, link: Link) -> None:
+        while self._notices and len(self._in_flight) < link.max_in_flight:
+            notice = self._notices.popleft()
+            self._in_flight[link.send(notice)] = None, notice.topic
         for message_id, envelope in self._outbox.take(max(0, link.max_in_flight - len(self._in_flight))):
             self._publish(link, historical(envelope) if envelope.historical else envelope, message_id)
 
@@ -261,5 +289,6 @@ class Publisher:
             self._is_connected = False
             self._counts["partials_dropped"] += len(self._partials)
             self._partials.clear()
+        self._notices.clear()
         self._in_flight.clear()
         self._outbox.requeue()

@@ -106,3 +106,11 @@ class Pace:
         self._fell_from = None
         for higher in range(level + 1, FINALS_ONLY + 1):
             self._patience_s[higher] = CALM_S
+
+
+def pace_news(hop_ms: float | None, configured_ms: float) -> str:
+    """The pace of partials in a sentence."""
+    if hop_ms is None:
+        return "the engine is too far behind for partials, finals go on"
+    state = "is behind" if hop_ms > configured_ms else "keeps up"
+    return f"the engine {state}: a partial every {hop_ms:g} ms of speech"

@@ -1,17 +1,14 @@
 """What leaves the device: one frozen struct a topic, JSON on the wire, units in the names, UTC outside.
 
-`python -m agent.payloads DIRECTORY` writes the JSON Schemas that `docs/schema` publishes. Fields have no defaults,
-so every message carries every field; a reader ignores fields that it does not know.
+Fields have no defaults, so every message carries every field; a reader ignores fields that it does not know.
+`schemas.py` writes the JSON Schemas that `docs/schema` publishes.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
-import sys
 import time
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -151,6 +148,7 @@ class CounterValues(Payload, frozen=True):
     failed_reports: Annotated[int, Meta(ge=0, description="of telemetry; since the agent started")]
     failed_looks: Annotated[int, Meta(ge=0, description="at power and heat; since the agent started")]
     reconnects: Total
+    commands: dict[str, Total]  # by outcome; "retained" ones were not done
     dropped_samples: Annotated[int, Meta(ge=0, description="audio lost; since the agent started")]
     source_overflows: Annotated[int, Meta(ge=0, description="of the capture driver; since the agent started")]
     source_faults: Annotated[int, Meta(ge=0, description="microphone lost or silent; since the agent started")]
@@ -166,6 +164,7 @@ class TelemetryPayload(Payload, frozen=True):
     interval_s: Seconds
     real_time_factor: Annotated[float, Meta(ge=0, description="engine seconds per second of speech")] | None
     hop_ms: Annotated[float, Meta(gt=0, description="speech between two partials; null: finals only")] | None
+    muted: bool
     finalise_ms: Percentiles
     end_to_final_ms: Percentiles
     cpu_percent: Annotated[float, Meta(ge=0, description="all processes of the agent; 100 is one core")]
@@ -272,18 +271,3 @@ def historical(envelope: Envelope) -> Envelope:
     """The envelope with a payload that says that it comes late."""
     fields = msgspec.json.decode(envelope.payload, type=dict[str, msgspec.Raw])
     return msgspec.structs.replace(envelope, payload=msgspec.json.encode({**fields, "historical": True}))
-
-
-def schemas() -> dict[str, dict[str, Any]]:
-    """JSON Schema of each topic, by file name."""
-    return {topic.replace("/", "-") + ".json": msgspec.json.schema(payload) for topic, (payload, _) in TOPICS.items()}
-
-
-def main(directory: str) -> None:
-    """Write the JSON Schemas."""
-    for name, schema in schemas().items():
-        Path(directory, name).write_text(json.dumps(schema, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

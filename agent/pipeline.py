@@ -10,30 +10,35 @@ import contextlib
 import itertools
 import logging
 import math
-import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from whisperlet.audio import SAMPLE_RATE
 from whisperlet.bundle import Bundle
 from whisperlet.errors import AudioError
 
-from .clock import Clock, rfc3339
-from .config import Config, OutboxConfig, default_state_dir
+from .broker import Broker
+from .clock import Clock
+from .commands import Settings
+from .config import Config
 from .confirm import ConfirmedGate
+from .controls import Controls, Levers
+from .diagnostics import RecentLog, dump
+from .dispatch import Actions, Dispatcher
 from .energy import Activity
-from .inventory import config_sha256, hardware, system, versions
-from .messages import AudioChunk, SpeechChunk, Thrift, Transcript
+from .hearing import listen
+from .home_assistant import discovery
+from .identity import introduction, named
+from .messages import AudioChunk, Thrift, Transcript
 from .monitor import make_monitor
 from .mqtt import Publisher
-from .outbox import Limits, MemoryOutbox
+from .outboxes import new_outbox
 from .payloads import (
-    BundleInfo,
-    InfoPayload,
     Payload,
     event_payload,
     final_payload,
@@ -42,32 +47,16 @@ from .payloads import (
     to_envelope,
 )
 from .sources import Source
-from .store import DurableOutbox
 from .supervisor import Supervisor
+from .switches import SwitchedGate
 from .telemetry import Delivery, Telemetry, Usage
-from .vad import Hearing
 from .vitals import Sensed, Vitals
 
 log = logging.getLogger(__name__)
 DRAIN_S = 10.0  # for the last finals when the agent stops
 FLUSH_S = 5.0  # for the last messages
-RUNTIME = "ai-edge-litert"
 EAR_S = 30.0  # within which audio comes, or the microphone says that there is none
 PULSE_S = 5.0  # between two looks at the other stages, at most
-
-
-def listen(
-    source: Source, gate: Hearing, submit: Callable[[SpeechChunk], None], note: Callable[[AudioChunk], None]
-) -> None:
-    """Everything from the source through the gate, to its end. Raises AudioError."""
-    try:
-        for chunk in source:
-            note(chunk)
-            for speech in gate.feed(chunk):
-                submit(speech)
-    finally:
-        for speech in gate.flush():
-            submit(speech)
 
 
 class Pipeline:
@@ -83,23 +72,29 @@ class Pipeline:
         self.config = config
         self.session = new_session()
         self.outbox = new_outbox(config.outbox, self.report)
+        self._log = RecentLog()
         self.vitals = Vitals(self._sense, self._renew_status, self.report)
         beats = self.vitals.heartbeat
-        self.publisher = Publisher(
-            named(config).mqtt,
-            self.outbox,
-            self._info(bundle),
-            self.report,
-            condition=self.vitals.condition,
-            beat=beats.of("publisher"),
-        )
         self.supervisor = Supervisor(
             bundle.path, config.recogniser, cache_dir, self._on_transcript, self.report, beats.of("engine")
         )
         self.gate = ConfirmedGate(config.vad)
+        self.switched = SwitchedGate(self.gate)
         used = Usage()
         self.monitor = make_monitor(config, self._activity, lambda: used.read()[0], self._on_thrift, self.report)
         self.telemetry = Telemetry(self.session, energy=self.monitor.energy, heat=self.monitor.heat)
+        self.info = introduction(self.session, config, bundle)
+        self.controls = Controls(Settings.of(config), self._levers())
+        self.dispatcher = self._make_dispatcher(bundle.manifest.vocabulary.languages)
+        self.publisher = Publisher(
+            named(config).mqtt,
+            self.outbox,
+            self.info,
+            self.report,
+            condition=self.vitals.condition,
+            beat=beats.of("publisher"),
+            remote=self.dispatcher,
+        )
         self._beat_ear = beats.of("ear")  # source and gate, which share a loop
         self.source = source(self._on_source_event, self._beat_ear)
         self._anchor = (0, time.monotonic())  # a sample, and when it was captured
@@ -112,6 +107,7 @@ class Pipeline:
     def run(self, *, realtime: bool) -> None:
         """Listen. Without `realtime` the source waits for the engine. Raises ConfigError, BundleError or AudioError."""
         self._is_realtime = realtime
+        logging.getLogger().addHandler(self._log)
         self.outbox.start()
         self.publisher.start()
         try:
@@ -119,7 +115,8 @@ class Pipeline:
             self._pulse.start()
             self.monitor.start()
             self.vitals.notifier.ready()
-            listen(self.source, self.gate, lambda speech: self.supervisor.submit(speech, wait=not realtime), self._note)
+            submit = partial(self.supervisor.submit, wait=not realtime)
+            listen(self.source, self.switched, submit, self._note)
         except AudioError as error:
             self.report("source_failed", str(error))
             raise
@@ -133,6 +130,7 @@ class Pipeline:
     def _shut_down(self) -> None:
         """Stop every stage, from the source to the sink, also if one of them cannot be stopped."""
         with contextlib.ExitStack() as stages:
+            stages.callback(logging.getLogger().removeHandler, self._log)
             stages.callback(self.outbox.close)
             stages.callback(self.publisher.stop, FLUSH_S)
             stages.callback(self._stop_pulse)
@@ -155,7 +153,7 @@ class Pipeline:
     def _on_source_event(self, name: str, detail: str) -> None:
         """Called from the thread that reads the source."""
         if name == "microphone_lost":  # whoever was speaking is not left waiting for its return
-            for speech in self.gate.flush():
+            for speech in self.switched.flush():
                 self.supervisor.submit(speech)
         self.vitals.note_event(name)
         self.report(name, detail)
@@ -209,13 +207,14 @@ class Pipeline:
 
     def _run_pulse(self) -> None:
         """Telemetry at its interval, signs of life at systemd's."""
-        interval_s = self.config.telemetry.interval_s
+        reported_s = time.monotonic()
         pulse_s = min(PULSE_S, (self.vitals.notifier.watchdog_s or math.inf) / 4)
-        due_s = time.monotonic() + interval_s
+        due_s = reported_s + self._interval_s
         while not self._stopping.wait(max(0.0, min(pulse_s, due_s - time.monotonic()))):
             self.vitals.turn()
+            due_s = reported_s + self._interval_s  # which may be set meanwhile
             if time.monotonic() >= due_s:
-                due_s += interval_s
+                reported_s = due_s
                 self._try_telemetry()
         self._try_telemetry()
 
@@ -240,8 +239,10 @@ class Pipeline:
             partials_dropped=counts.partials_dropped,
             refused=counts.refused,
             reconnects=max(0, counts.connects - 1),
+            commands=dict(self.dispatcher.counts),
         )
-        self._publish(self.telemetry.snapshot(delivery, self.supervisor.backlog_s, self.supervisor.hop_ms))
+        hop_ms, is_muted = self.supervisor.hop_ms, self.vitals.is_muted
+        self._publish(self.telemetry.snapshot(delivery, self.supervisor.backlog_s, hop_ms, is_muted=is_muted))
 
     def _renew_status(self) -> None:
         self.publisher.renew_status()
@@ -260,40 +261,36 @@ class Pipeline:
         counters.dropped_samples, counters.source_overflows = lost.dropped_samples, lost.overflows
         counters.source_faults = lost.faults
 
-    def _info(self, bundle: Bundle) -> InfoPayload:
-        manifest = bundle.manifest
-        return InfoPayload(
-            session=self.session,
-            started_utc=rfc3339(time.time()),
-            versions=versions(RUNTIME),
-            bundle=BundleInfo(
-                name=manifest.name, sha256=bundle.sha256, languages=sorted(manifest.vocabulary.languages) or ["en"]
-            ),
-            hardware=hardware(),
-            system=system(),
-            config_sha256=config_sha256(self.config),
-            capabilities=["partials", "finals", "telemetry"]
-            if self.config.recogniser.partials
-            else ["finals", "telemetry"],
-            sample_rate_hz=SAMPLE_RATE,
+    @property
+    def _interval_s(self) -> float:
+        return self.controls.settings.telemetry.interval_s
+
+    def _levers(self) -> Levers:
+        return Levers(
+            switch=self.switched.switch,
+            tune_gate=self.switched.retune,
+            tune_engine=self.supervisor.retune,
+            show_muted=partial(setattr, self.vitals, "is_muted"),
+            report=self.report,
+            renew_engine=self.supervisor.renew,
+            stop=self.stop,
         )
 
+    def _make_dispatcher(self, languages: dict[str, int]) -> Dispatcher:
+        mqtt = self.config.mqtt
+        topic, device = Broker.of(mqtt).topic, Broker.of(mqtt).device
+        greetings = [discovery(self.info, topic, device, mqtt)] if mqtt.home_assistant else []
+        actions = Actions(self.controls.apply, self.controls.restart, self._diagnose)
+        return Dispatcher(topic, self.session, self.controls.settings, languages, actions, greetings)
 
-def named(config: Config) -> Config:
-    """The configuration with the host's name for a device that has none."""
-    if config.mqtt.device is not None:
-        return config
-    return msgspec.structs.replace(config, mqtt=msgspec.structs.replace(config.mqtt, device=socket.gethostname()))
-
-
-def new_outbox(config: OutboxConfig, on_event: Callable[[str, str], None]) -> MemoryOutbox:
-    """The outbox that is asked for."""
-    limits = Limits(
-        messages=config.max_messages,
-        bytes=config.max_bytes,
-        age_s=config.max_age_s,
-        telemetry_age_s=config.telemetry_max_age_s,
-    )
-    if not config.durable:
-        return MemoryOutbox(limits)
-    return DurableOutbox(Path(config.dir) if config.dir else default_state_dir(), limits, on_event)
+    def _diagnose(self) -> dict[str, Any]:
+        self._collect_counters()
+        state = {
+            "line": self.vitals.line(),
+            "counters": msgspec.to_builtins(self.telemetry.counters),
+            "publisher": msgspec.to_builtins(self.publisher.counts()),
+            "dropped_messages": {kind.value: n for kind, n in self.outbox.dropped().items()},
+            "backlog_s": self.supervisor.backlog_s,
+            "hop_ms": self.supervisor.hop_ms,
+        }
+        return dump(self.info, self.config, self.controls.settings, state, self._log)

@@ -33,6 +33,7 @@ class Batch(msgspec.Struct, frozen=True, tag=True):
     chunks: list[SpeechChunk]
     is_live: bool  # it goes on whether or not the engine keeps up; a file waits
     thrift: Thrift = Thrift.NORMAL
+    tuning: RecogniserConfig | None = None  # holds from here on; None: what held before
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -58,6 +59,23 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 Request = Start | Batch
 Reply = Ready | Heard | Failed
+
+
+def unheard(first: SpeechChunk, last: SpeechChunk) -> Transcript:
+    """The final of a segment that no engine survived."""
+    return Transcript(
+        utterance=first.utterance,
+        segment=first.segment,
+        revision=0,
+        text="",
+        stable_chars=0,
+        start=first.start,
+        end=last.speech_end,
+        is_final=True,
+        language="",
+        continues=last.continues,
+        rejected="engine_failed",
+    )
 
 
 def _enc_hook(value: Any) -> Any:

@@ -23,7 +23,8 @@ from whisperlet.errors import BundleError
 from .config import RecogniserConfig
 from .engine_process import START_TIMEOUT_S, EngineLost, EngineProcess
 from .messages import SpeechChunk, Thrift, Transcript
-from .protocol import Batch, Heard
+from .pace import pace_news
+from .protocol import Batch, Heard, unheard
 
 __all__ = ["EngineCounters", "EngineLost", "Supervisor"]
 
@@ -79,6 +80,8 @@ class Supervisor:
         self._told_s = -math.inf
         self.thrift = Thrift.NORMAL  # may be set from any thread
         self._stopping = False
+        self._tuning: RecogniserConfig | None = None  # that the engine was not told yet
+        self._is_renewing = False
         self._engine: EngineProcess | None = None
         self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
 
@@ -109,6 +112,20 @@ class Supervisor:
         """Seconds of speech in segments without their final."""
         with self._changed:
             return self._n_samples() / SAMPLE_RATE
+
+    def retune(self, config: RecogniserConfig) -> None:
+        """Have speech recognised under another configuration from now on; what takes a new engine stays as it is."""
+        with self._changed:
+            self._config = self._tuning = config
+            self.hop_ms = self._told_hop_ms = float(config.hop_ms) if config.partials else None
+
+    def renew(self) -> None:
+        """Have the engine replaced by another one; what it has not finished is heard again."""
+        with self._changed:
+            self._is_renewing = True
+            if self._engine:
+                self._engine.kill()
+            self._changed.notify_all()
 
     def submit(self, chunk: SpeechChunk, *, wait: bool = False) -> None:
         """Hand in speech. A microphone must not wait; a file may, until half of the backlog's bound is free."""
@@ -155,34 +172,44 @@ class Supervisor:
     def _run(self) -> None:
         while batch := self._next_batch():
             try:
+                if self._is_renewing:
+                    raise EngineLost("a command asked for it")  # noqa: TRY301 - as if it had gone by itself
                 if self._engine is None:
                     self._restart()
                 assert self._engine is not None
-                self._beat(self._config.reply_timeout_s + CLOSE_S)
-                self._deliver(self._engine.hear(batch, self._config.reply_timeout_s))
+                if batch.chunks:
+                    self._beat(self._config.reply_timeout_s + CLOSE_S)
+                    self._deliver(self._engine.hear(batch, self._config.reply_timeout_s))
             except EngineLost as error:
                 if not self._stopping:
                     self._lost(str(error))
 
     def _next_batch(self) -> Batch | None:
-        """Everything that was not sent yet, or None to stop."""
+        """Everything that was not sent yet, nothing while there is no engine to send it to, or None to stop."""
         with self._changed:
             self._beat(IDLE_S)
             while not self._changed.wait_for(self._has_news, IDLE_S):
                 self._beat(IDLE_S)
             if self._stopping:
                 return None
+            if self._lacks_engine():
+                return Batch([], self._is_live)
             unsent = [pending for pending in self._pending.values() if _unsent(pending)]
             n = 1 if unsent[0].n_lost else len(unsent)  # the segment that takes engines down goes without the others
-            return Batch([_take_unsent(pending) for pending in unsent[:n]], self._is_live, self.thrift)
+            tuning, self._tuning = self._tuning, None
+            return Batch([_take_unsent(pending) for pending in unsent[:n]], self._is_live, self.thrift, tuning)
+
+    def _lacks_engine(self) -> bool:
+        return self._engine is None or self._is_renewing
 
     def _has_news(self) -> bool:
-        return self._stopping or any(map(_unsent, self._pending.values()))
+        return self._stopping or self._lacks_engine() or any(map(_unsent, self._pending.values()))
 
     def _deliver(self, heard: Heard) -> None:
         self.counters.busy_s += heard.busy_s
         self.counters.skipped_partials += heard.skipped
-        self.hop_ms = heard.hop_ms
+        if self._tuning is None:  # else it speaks of a hop that is not asked for any more
+            self.hop_ms = heard.hop_ms
         for transcript in heard.transcripts:
             if self._hand_on(transcript) and transcript.is_final:
                 self.counters.speech_s += (transcript.end - transcript.start) / SAMPLE_RATE
@@ -214,6 +241,7 @@ class Supervisor:
 
     def _lost(self, reason: str) -> None:
         """Put everything back to be sent again; give up what has now taken several engines down."""
+        self._is_renewing = False
         log.error("engine lost: %s", reason)
         if self._engine:
             self._engine.kill()
@@ -229,21 +257,7 @@ class Supervisor:
             self._give_up(pending)
 
     def _give_up(self, pending: Pending) -> None:
-        first, last = pending.chunks[0], pending.chunks[-1]
-        failed = Transcript(
-            utterance=first.utterance,
-            segment=first.segment,
-            revision=0,
-            text="",
-            stable_chars=0,
-            start=first.start,
-            end=last.speech_end,
-            is_final=True,
-            language="",
-            continues=last.continues,
-            rejected="engine_failed",
-        )
-        self.counters.failed_segments += self._hand_on(failed)
+        self.counters.failed_segments += self._hand_on(unheard(pending.chunks[0], pending.chunks[-1]))
 
     def _restart(self) -> None:
         """Start another engine, with growing pauses while that fails."""
@@ -266,14 +280,6 @@ class Supervisor:
             else:
                 return
         raise EngineLost("stopped")
-
-
-def pace_news(hop_ms: float | None, configured_ms: float) -> str:
-    """The pace of partials in a sentence."""
-    if hop_ms is None:
-        return "the engine is too far behind for partials, finals go on"
-    state = "is behind" if hop_ms > configured_ms else "keeps up"
-    return f"the engine {state}: a partial every {hop_ms:g} ms of speech"
 
 
 def _unsent(pending: Pending) -> bool:

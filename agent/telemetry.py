@@ -51,6 +51,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     partials_dropped: int
     refused: int
     reconnects: int
+    commands: dict[str, int] = {}  # by outcome
 
 
 class Telemetry:
@@ -91,7 +92,9 @@ class Telemetry:
             if transcript.end_to_final_ms is not None:
                 self._end_to_final_ms.append(transcript.end_to_final_ms)
 
-    def snapshot(self, delivery: Delivery, backlog_s: float, hop_ms: float | None) -> TelemetryPayload:
+    def snapshot(
+        self, delivery: Delivery, backlog_s: float, hop_ms: float | None, *, is_muted: bool = False
+    ) -> TelemetryPayload:
         """Report the interval since the last snapshot, and begin another one. `hop_ms` None: finals only."""
         now_s = time.monotonic()
         with self._lock:
@@ -113,6 +116,7 @@ class Telemetry:
             interval_s=round(interval_s, 3),
             real_time_factor=real_time_factor,
             hop_ms=hop_ms,
+            muted=is_muted,
             finalise_ms=finalise_ms,
             end_to_final_ms=end_to_final_ms,
             cpu_percent=round(100 * cpu_s / interval_s, 1) if interval_s > 0 else 0.0,
@@ -196,6 +200,7 @@ def _counter_values(counters: Counters, delivery: Delivery) -> CounterValues:
         dropped_messages=dropped,
         refused_messages=delivery.refused,
         reconnects=delivery.reconnects,
+        commands=delivery.commands,
     )
 
 

@@ -62,12 +62,22 @@ class Transcriber:
     """Turns the SpeechChunks of one segment after another into Transcripts."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: RecogniserConfig) -> None:
-        self.engine, self.tokenizer, self.config = engine, tokenizer, config
+        self.engine, self.tokenizer = engine, tokenizer
         self.manifest = engine.manifest
-        self.language = checked_language(config.language, self.manifest.vocabulary.languages)
+        self.retune(config)
+        self._adopt()
         self._decoder = Bound(engine)
         self._follower = Follower(self._decoder, self.manifest, self._stream_spec()) if self.manifest.streams else None
         self._segment: Segment | None = None
+
+    def retune(self, config: RecogniserConfig) -> None:
+        """Go on under another configuration from the next segment on; the way of streaming stays as it was built."""
+        self._next_config = config
+
+    def _adopt(self) -> None:
+        """Raises ConfigError if the model does not have the language."""
+        self.config = self._next_config
+        self.language = checked_language(self.config.language, self.manifest.vocabulary.languages)
 
     def _stream_spec(self) -> StreamSpec:
         """The configured way of streaming. Raises ConfigError if the bundle does not have it."""
@@ -83,6 +93,7 @@ class Transcriber:
     def feed(self, chunk: SpeechChunk) -> None:
         """Take in audio. The first chunk of another segment starts that one."""
         if self._segment is None or (self._segment.utterance, self._segment.segment) != chunk.key:
+            self._adopt()
             self._segment = Segment(chunk, self.manifest.dims.n_mels)
             if self._follower:
                 self._follower.begin()

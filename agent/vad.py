@@ -64,12 +64,19 @@ class Gate:
     """
 
     def __init__(self, config: VadConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config = config
         self._clock = clock
+        self._state = VadState(None, deque(), deque())
+        self.retune(config)
+
+    def retune(self, config: VadConfig) -> None:
+        """Go on under another configuration, the gate being closed; utterances are counted on."""
+        assert not self.is_open
+        self._config = config
         self._n_to_open = math.ceil(config.start_ms / FRAME_MS)
         window = math.ceil(OPENING_WINDOW * self._n_to_open)
         n_recent = 1 + max(window + _n_frames(config.pre_roll_ms), _n_frames(config.cut_window_s * 1000))
-        self._state = VadState(_vad(config), deque(maxlen=n_recent), deque(maxlen=window))
+        state = self._state
+        state.vad, state.recent, state.voiced = _vad(config), deque(state.recent, n_recent), deque(maxlen=window)
 
     @property
     def is_open(self) -> bool:

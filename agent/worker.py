@@ -61,15 +61,22 @@ class Listener:
         self, ready: transcriber.Transcriber, config: RecogniserConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._transcriber, self._clock = ready, clock
-        self._pace = Pace(config.hop_ms) if config.partials else None
-        self._missed = Missed(samples(config.hop_ms))
+        self._set_pace(config)
         self._n_fresh = 0  # samples since the last partial
         self._key = (0, 0)
         self._busy_s, self._rested_s = 0.0, clock()  # how long the last batch took, and when it was done
 
+    def _set_pace(self, config: RecogniserConfig) -> None:
+        self._pace = Pace(config.hop_ms) if config.partials else None
+        self._missed = Missed(samples(config.hop_ms))
+
     def hear(self, batch: Batch) -> Heard:
         """Finals of the segments that end in the batch, then perhaps a partial of the one that goes on."""
         began_s, began_cpu_s = self._clock(), time.process_time()
+        if batch.tuning:
+            self._set_pace(batch.tuning)
+            self._missed.begin(batch.chunks[0].start)
+            self._transcriber.retune(batch.tuning)
         new_s = seconds(sum(len(chunk.samples) for chunk in batch.chunks))
         waited_s = self._waited_s(new_s, began_s) if batch.is_live else 0.0
         if self._pace:

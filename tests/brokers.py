@@ -42,7 +42,9 @@ class Broker:
 
     def start(self, options="allow_anonymous true"):
         config = self._folder / "mosquitto.conf"
-        config.write_text(f"listener {self.port} 127.0.0.1\npersistence false\nuser root\n{options}\n")
+        config.write_text(
+            f"listener {self.port} 127.0.0.1\npersistence false\nset_tcp_nodelay true\nuser root\n{options}\n"
+        )
         self._process = subprocess.Popen(
             [MOSQUITTO, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -110,7 +112,7 @@ class Subscriber:
         wait_for(lambda: self._subscribed)
 
     def _on_message(self, _client, _userdata, message):
-        body = msgspec.json.decode(message.payload)
+        body = msgspec.json.decode(message.payload or b"null")
         self.messages.append((message.topic, body, message.qos, message.retain))
 
     def on(self, topic):

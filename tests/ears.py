@@ -44,6 +44,9 @@ class Ears:
     def step(self):
         return None if self.last.is_last else self.transcript()
 
+    def retune(self, config):
+        pass
+
     finish = transcript
 
 def load(start, bundle):

@@ -31,5 +31,6 @@ def test_connect_goes_on_with_its_session_for_as_long_as_the_will_waits():
             packet = connection.recv(4096)
         link.close()
     assert packet[9] == 0b0010_1100  # will: retained, QoS 1, present; no clean start
-    assert packet[12:18] == b"\5\x11\0\0\0\x1e"  # properties, session expiry interval
+    assert packet[12:18] == b"\x0a\x11\0\0\0\x1e"  # properties, session expiry interval ...
+    assert packet[18:23] == b"\x27\0\1\0\0"  # ... and how much we take at once
     assert b"\5\x18\0\0\0\x1e\0\x15whisperlet/dev/status" in packet  # will delay interval

@@ -43,12 +43,14 @@ def numbers(bodies):
 class Agent(Publisher):
     """A publisher with its outbox and its events at hand."""
 
-    def __init__(self, port, *, takeover_retry_s=30.0, capacity=1000, rng=lambda: 0.0, **config):
+    def __init__(self, port, *, takeover_retry_s=30.0, capacity=1000, rng=lambda: 0.0, remote=None, **config):
         values = {"device": "dev", "reconnect_min_s": 0.1, "reconnect_max_s": 1.0, "will_delay_s": 0} | config
         self.outbox = MemoryOutbox(Limits(messages=capacity))
         self.events = []
         config = MqttConfig(url=f"mqtt://127.0.0.1:{port}", **values)
-        super().__init__(config, self.outbox, INFO, self._note, rng=rng, takeover_retry_s=takeover_retry_s)
+        super().__init__(
+            config, self.outbox, INFO, self._note, remote=remote, rng=rng, takeover_retry_s=takeover_retry_s
+        )
 
     def _note(self, name, detail):
         self.events.append(name)

@@ -5,7 +5,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from agent import inventory, payloads
+from agent import inventory, payloads, schemas
 from agent.clock import Clock, rfc3339
 from agent.config import Config
 from agent.inventory import versions
@@ -52,6 +52,7 @@ def telemetry(**changes):
         interval_s=30.0,
         real_time_factor=None,
         hop_ms=None,
+        muted=False,
         finalise_ms=payloads.Percentiles(p50=None, p95=None),
         end_to_final_ms=payloads.Percentiles(p50=700.0, p95=900.5),
         cpu_percent=12.5,
@@ -75,6 +76,7 @@ def telemetry(**changes):
             failed_reports=0,
             failed_looks=0,
             reconnects=0,
+            commands={"ok": 1, "refused": 2},
             dropped_samples=0,
             source_overflows=0,
             source_faults=0,
@@ -134,10 +136,10 @@ def test_every_example_is_what_its_published_schema_says(payload):
 
 
 def test_the_published_schemas_are_current(tmp_path):
-    payloads.main(str(tmp_path))
+    schemas.main(str(tmp_path))
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert written == {path.name: path.read_text() for path in SCHEMAS.iterdir()}, (
-        "run: python -m agent.payloads docs/schema"
+        "run: python -m agent.schemas docs/schema"
     )
 
 

@@ -257,10 +257,10 @@ def test_a_report_that_fails_is_counted_and_the_next_one_comes(make, broker, mon
         pipeline.vitals.notifier, "watchdog", lambda: beats.append(pipeline.telemetry.counters.failed_reports)
     )
 
-    def failing(*args, plain=pipeline.telemetry.snapshot):
+    def failing(*args, plain=pipeline.telemetry.snapshot, **more):
         if pipeline.telemetry.counters.failed_reports < 2:
             raise OSError("no such sensor")
-        return plain(*args)
+        return plain(*args, **more)
 
     monkeypatch.setattr(pipeline.telemetry, "snapshot", failing)
     with Subscriber(broker.port) as heard:

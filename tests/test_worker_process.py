@@ -14,7 +14,7 @@ from ears import NOISE, STUB, Ear, checksum, heard, is_gone
 from agent import engine_process, transcriber
 from agent import supervisor as supervisors
 from agent.config import RecogniserConfig
-from agent.supervisor import pace_news
+from agent.pace import pace_news
 from whisperlet.audio import SAMPLE_RATE, samples
 
 CHUNK = samples(20)

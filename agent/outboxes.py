@@ -1,0 +1,23 @@
+"""The outbox that the configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .config import OutboxConfig, default_state_dir
+from .outbox import Limits, MemoryOutbox
+from .store import DurableOutbox
+
+
+def new_outbox(config: OutboxConfig, on_event: Callable[[str, str], None]) -> MemoryOutbox:
+    """On disk or in memory, not started; `on_event(name, detail)` is for one on disk."""
+    limits = Limits(
+        messages=config.max_messages,
+        bytes=config.max_bytes,
+        age_s=config.max_age_s,
+        telemetry_age_s=config.telemetry_max_age_s,
+    )
+    if not config.durable:
+        return MemoryOutbox(limits)
+    return DurableOutbox(Path(config.dir) if config.dir else default_state_dir(), limits, on_event)
