@@ -168,16 +168,21 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, or too many brackets
         raise ConfigError(f"{path}: is not TOML: {error}") from None
 
 
 def key_and_reason(message: str, whole: str = "the file") -> str:
     """`msgspec`'s "reason - at `$.a.b`" with the key in front, or the name of the whole."""
     reason, _, where = message.partition(" - at `$")
-    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", reason)
+    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", reason, re.DOTALL)
     key = (where.strip("`.") + ("." + unknown[1] if unknown else "")).strip(".") or whole
-    return f"{key}: {'unknown key' if unknown else reason}"
+    return f"{_on_one_line(key)}: {'unknown key' if unknown else reason}"
+
+
+def _on_one_line(key: str) -> str:
+    """The key, escaped if it holds what does not print."""
+    return key if key.isprintable() else repr(key)
 
 
 def _checked(config: Config, origin: str) -> Config:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
+
 from whisperlet.errors import BundleError
 
 from .config import RecogniserConfig
@@ -54,6 +56,8 @@ class EngineProcess:
             reply = ask(self._connection, request, timeout_s)
         except (EOFError, OSError):
             raise EngineLost(f"it ended with status {self._status()}") from None
+        except (msgspec.MsgspecError, ValueError) as error:  # ValueError: text that is not UTF-8
+            raise EngineLost(f"it does not make sense: {error}") from None
         if reply is None:
             raise EngineLost(f"no answer within {timeout_s:g} s")
         return reply

@@ -183,8 +183,8 @@ def rpi_pmic(firmware: Firmware) -> Sampled | None:
 
 def pmic_watts(answer: str) -> float | None:
     """Sum over the rails of `vcgencmd pmic_read_adc`, volts times amperes; None unless each current has its voltage."""
-    amperes = {rail: float(value) for rail, value in re.findall(r"(\w+)_A current\(\d+\)=([\d.]+)A", answer)}
-    volts = {rail: float(value) for rail, value in re.findall(r"(\w+)_V volt\(\d+\)=([\d.]+)V", answer)}
+    amperes = {rail: float(value) for rail, value in re.findall(r"(\w+)_A current\(\d+\)=(\d+\.\d+)A", answer)}
+    volts = {rail: float(value) for rail, value in re.findall(r"(\w+)_V volt\(\d+\)=(\d+\.\d+)V", answer)}
     if not amperes or not amperes.keys() <= volts.keys():
         return None
     return sum(volts[rail] * amperes[rail] for rail in amperes)

@@ -32,7 +32,7 @@ def to_float32(pcm: Pcm16) -> Float32:
 
 def to_pcm16(samples: NDArray[np.floating]) -> Pcm16:
     """Samples in [-1, 1] of shape (n,), rounded and clipped to 16 bits."""
-    scaled = np.rint(np.asarray(samples, np.float32) * np.float32(PCM16_SCALE))
+    scaled = np.rint(np.clip(np.asarray(samples, np.float32), -1, 1) * np.float32(PCM16_SCALE))
     clipped: Pcm16 = np.clip(scaled, -32_768, 32_767).astype(np.int16)
     return clipped
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 COMMENT_PREFIX = b"whisperlet sha256 "
 COMMENT_BYTES = len(COMMENT_PREFIX) + 64
+MAX_ENTRY_BYTES = 64 << 20  # unpacked; vocabularies take a few MB, and a small file may unpack to anything
 _BLOCK = 1 << 20
+# RuntimeError: it wants a password; struct.error: a field ends early
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, KeyError, RuntimeError)
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # equal inputs make equal bundles
 
 
@@ -205,7 +210,7 @@ def open_bundle(path: Path) -> Bundle:
         entries = _read_zip(path)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, NotImplementedError) as error:
+    except ZIP_ERRORS as error:
         raise BundleError(f"{path}: is not a whisperlet bundle, or is truncated: {error}") from None
     manifest = _manifest(path, entries[MANIFEST])
     if (manifest.model_bytes, manifest.model_sha256) != (model_end, model_sha256):
@@ -224,6 +229,9 @@ def _zip_start(path: Path) -> int:
 
 def _read_zip(path: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.file_size > MAX_ENTRY_BYTES:
+                raise ValueError(f"{info.filename!r} is larger than {MAX_ENTRY_BYTES} bytes")
         entries = {name: archive.read(name) for name in archive.namelist()}
     if MANIFEST not in entries or TOKENIZER not in entries:
         raise KeyError(f"it lacks {MANIFEST} or {TOKENIZER}")
@@ -260,5 +268,5 @@ def _manifest(path: Path, data: bytes) -> Manifest:
         if version != FORMAT_VERSION:
             raise BundleError(f"{path}: has format version {version}; this program reads {FORMAT_VERSION}")
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, AttributeError) as error:
+    except (msgspec.DecodeError, ValueError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path}: {MANIFEST}: {error}") from None
