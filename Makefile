@@ -37,13 +37,14 @@ DEVICE_FILES := \
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv mic system bundle demo test lint bench schemas install-device uninstall-device clean
+.PHONY: help venv mic system bundle demo test lint bench fuzz schemas install-device uninstall-device clean
 
 help:
 	@echo 'make demo     set everything up and watch the agent work, over MQTT, on recorded speech'
 	@echo 'make bundle   build/$(RECIPE).tflite; RECIPE=NAME for another of convert/recipes/'
 	@echo 'make test     lint, then all tests'
 	@echo 'make bench    measure everything, which takes hours on a quiet machine; BENCH=latency for one'
+	@echo 'make fuzz     feed everything that reads foreign bytes with nonsense; MINUTES=10, FUZZ=NAME for one target'
 	@echo 'make venv     .venv with everything installed; PYTHON=... to choose the interpreter'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make schemas  docs/schema from the code'
@@ -111,6 +112,11 @@ test: system venv lint bundle
 # Not part of `test`: a machine that does anything else measures wrongly. BENCH='cost accuracy --limit 20' works too.
 bench: venv bundle
 	@$(BIN)/python -m tests.benchmarks $(BENCH) --bundle $(BUNDLE)
+
+# Coverage-guided by atheris where it has a wheel, else by hypothesis; kept out of .venv, which it is no part of.
+fuzz: venv
+	@test -d .fuzz/atheris || $(PIP_INSTALL) --no-deps --target .fuzz atheris 2>/dev/null || echo 'no atheris'
+	@PYTHONPATH=.fuzz $(BIN)/python -m tests.fuzzing $(FUZZ) --minutes $(or $(MINUTES),10)
 
 schemas: $(STAMP)
 	@$(BIN)/python -m agent.schemas docs/schema
