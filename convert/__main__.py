@@ -76,6 +76,7 @@ def distil(
     seed: Annotated[int, typer.Option()] = 0,
     start: Annotated[Path | None, typer.Option(help="An adapter to train on, instead of a new one.")] = None,
     rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate at its peak.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="For an adapter that is to be merged.")] = False,
 ) -> None:
     """Teach a checkpoint's encoder to stream. Interrupted, it goes on from its last checkpoint."""
     from . import distil as distilling
@@ -85,7 +86,10 @@ def distil(
     distilling.check_target(out)
     settings = distilling.Settings(seed=seed)
     settings = msgspec.structs.replace(
-        settings, steps=steps or settings.steps, learning_rate=rate or settings.learning_rate
+        settings,
+        steps=steps or settings.steps,
+        learning_rate=rate or settings.learning_rate,
+        whole_weight=float(whole),
     )
     sources = [Source.parse(text) for text in audio]
     record = distilling.distil(model.load(source), sources, settings, out, tables.BARS, start)

@@ -1,4 +1,4 @@
-"""Low-rank adapters of an encoder: put in, taken out, stored, merged. The arithmetic is peft's."""
+"""Low-rank adapters of an encoder: put in, taken out, stored, merged or set apart. The arithmetic is peft's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from whisperlet.errors import ModelError
+
+from .fold import LowRank
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # every matrix of an encoder layer
 SHIPPED = "adapters"  # folder of this package
@@ -83,7 +85,25 @@ def find(name_or_path: str) -> Path:
 def merge(encoder: Any, path: Path, source_sha256: str) -> None:
     """Add a stored adapter to the encoder's own matrices. Raises ModelError as `put` does."""
     put(encoder, path, source_sha256)
-    _unload(encoder)
+    for layer in _layers(encoder):
+        layer.merge()
+    _take_out(encoder)
+
+
+def apart(encoder: Any, path: Path, source_sha256: str) -> list[dict[str, LowRank]]:
+    """What a stored adapter adds to the matrices of each layer, by their names there. Raises ModelError as `put` does.
+
+    The encoder stays as it was.
+    """
+    put(encoder, path, source_sha256)
+    parts: list[dict[str, LowRank]] = [{} for _ in encoder.layers]
+    for name, layer in encoder.named_modules():
+        if layer in set(_layers(encoder)):
+            _, number, matrix = name.split(".", 2)
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            parts[int(number)][matrix] = LowRank(down.detach().clone(), layer.scaling["default"] * up.detach())
+    _take_out(encoder)
+    return parts
 
 
 def put(encoder: Any, path: Path, source_sha256: str) -> tuple[int, int]:
@@ -110,11 +130,9 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _unload(encoder: Any) -> None:
-    """Put each adapted matrix, with what the adapter adds to it, back in the adapter's place."""
+def _take_out(encoder: Any) -> None:
+    """Put each adapted matrix back in the adapter's place."""
     names = [name for name, module in encoder.named_modules() if module in set(_layers(encoder))]
     for name in names:
         parent, _, child = name.rpartition(".")
-        layer = encoder.get_submodule(name)
-        layer.merge()
-        setattr(encoder.get_submodule(parent), child, layer.get_base_layer())
+        setattr(encoder.get_submodule(parent), child, encoder.get_submodule(name).get_base_layer())

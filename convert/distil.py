@@ -3,6 +3,7 @@
 Teacher and student are the same encoder: the teacher sees a whole utterance with ample silence after it, the student
 has a low-rank adapter and sees it in chunks with cached keys and values, or whole with little silence. The loss is the
 squared error of the student's frames relative to the teacher's energy; nobody needs to know what was said.
+An adapter that will stay beside the encoder's matrices, for streaming alone, need not learn to hear the whole.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     silence: tuple[int, int] = (48, 128)  # after an utterance, for the student: drawn between the two
     teacher_silence: int = 256
     tail_weight: float = 0.25  # of the frames that are not committed yet
+    whole_weight: float = 0.0  # of the error with the whole utterance in view, for an adapter that is to be merged
     seed: int = 0
     gap_every: int = 20  # steps between measurements on held-out utterances
     save_every: int = 10  # steps between checkpoints
@@ -136,9 +138,11 @@ class Training:
             frames = self._streamed(power, chunk, overlap)
         streamed = losses.stream_error(frames.float(), target, lengths, chunk, self.settings.tail_weight)
         streamed.backward()  # type: ignore[no-untyped-call]
+        if not self.settings.whole_weight:
+            return float(streamed.detach())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             whole = streaming.full(self.encoder, power)
-        short = losses.mean_error(whole.float(), target, lengths)
+        short = self.settings.whole_weight * losses.mean_error(whole.float(), target, lengths)
         short.backward()  # type: ignore[no-untyped-call]
         return float(streamed.detach() + short.detach())
 

@@ -14,8 +14,9 @@ The last LayerNorm of the decoder keeps its gain: the matrix after it is the tie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,39 @@ def after_norm(norm: nn.LayerNorm, layer: Any, *, scale: float = 1.0, bias: bool
     """`scale * layer(norm(x))` as a linear of `normalise(x)`; without `bias`, its constant part is left out."""
     constant = layer.weight @ norm.bias + (0.0 if layer.bias is None else layer.bias)
     return linear(scale * layer.weight * norm.weight, scale * constant if bias else None)
+
+
+class LowRank(NamedTuple):
+    """What an adapter adds to a matrix: up @ down."""
+
+    down: Tensor  # shape = (rank, n_in)
+    up: Tensor  # shape = (n_out, rank)
+
+
+class Sided(nn.Module):
+    """A linear, shared with those who do without, and an adapter beside it.
+
+    `norm` is the LayerNorm folded into the linear; `shift` is what the linear's input lacks of what the adapter saw.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        part: LowRank,
+        *,
+        norm: nn.LayerNorm | None = None,
+        shift: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        gain, shift = (norm.weight, norm.bias) if norm else (1.0, shift)
+        self.base = base
+        self.down = linear(part.down * gain, None if shift is None else part.down @ shift)
+        self.up = linear(scale * part.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes are those of the linear."""
+        return self.base(x) + self.up(self.down(x))  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
@@ -135,6 +169,29 @@ class EncoderLayer(nn.Module):
         x = x + self.attention(y, torch.cat([past_k, k], 1), torch.cat([past_v, v], 2), mask)
         return x + self.mlp(x), k, v
 
+    def beside(self, layer: Any, parts: Mapping[str, LowRank]) -> EncoderLayer:
+        """The layer with an adapter beside its matrices, which both share. `layer` is transformers' own."""
+        twin: EncoderLayer = _twin(self)
+        twin.attention, twin.mlp = _twin(self.attention), _twin(self.mlp)
+        source, norm = layer.self_attn, layer.self_attn_layer_norm
+        a: Any = twin.attention  # torch's own types would have the parts stay what they were
+        mlp: Any = twin.mlp
+        constant = after_norm(norm, source.v_proj).bias  # of the values, which `out` adds
+        a.query = Sided(a.query, parts["self_attn.q_proj"], norm=norm, scale=source.head_dim**-0.5)
+        a.key = Sided(a.key, parts["self_attn.k_proj"], norm=norm)
+        a.value = Sided(a.value, parts["self_attn.v_proj"], norm=norm)
+        a.out = Sided(a.out, parts["self_attn.out_proj"], shift=constant)
+        mlp.fc1 = Sided(mlp.fc1, parts["fc1"], norm=layer.final_layer_norm)
+        mlp.fc2 = Sided(mlp.fc2, parts["fc2"])
+        return twin
+
+
+def _twin(module: Any) -> Any:
+    """A module with the same parts, which may be replaced without the other's knowing."""
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = dict(module.named_children())
+    return twin
+
 
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward. The encoder's last LayerNorm is folded into `cross`."""
@@ -150,14 +207,24 @@ class FoldedWhisper(nn.Module):
     """The parts that graphs are made of. Computes what `model` (WhisperForConditionalGeneration) computes."""
 
     encoder_layers: Any  # of EncoderLayer; torch's own types say Module
+    streaming_layers: Any  # of EncoderLayer; the same where there is no adapter beside them
     decoder_layers: Any  # of DecoderLayer
 
-    def __init__(self, model: Any, alignment_heads: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        alignment_heads: Sequence[tuple[int, int]],
+        beside: Sequence[Mapping[str, LowRank]] | None = None,  # an adapter for streaming alone, by layer
+    ) -> None:
         super().__init__()
         self.alignment_heads = list(alignment_heads)  # (decoder layer, head) whose attention follows the audio
         encoder, decoder = model.model.encoder, model.model.decoder
         self.conv1, self.conv2 = encoder.conv1, encoder.conv2
         self.encoder_layers = nn.ModuleList(EncoderLayer(layer) for layer in encoder.layers)
+        self.streaming_layers = self.encoder_layers
+        if beside is not None:
+            taught = zip(self.encoder_layers, encoder.layers, beside, strict=True)
+            self.streaming_layers = nn.ModuleList(folded.beside(layer, parts) for folded, layer, parts in taught)
         self.decoder_layers = nn.ModuleList(DecoderLayer(layer, encoder.layer_norm) for layer in decoder.layers)
         self.token_embedding = decoder.embed_tokens
         self.positions: Tensor = decoder.embed_positions.weight

@@ -88,7 +88,7 @@ class Stream(nn.Module):
         x = self.whisper.stem_between(mel, torch.clamp(offset, max=1.0))
         x = x + positions(self.frames + offset, self.speeds)
         out: dict[str, Tensor] = {}
-        for i, layer in enumerate(self.whisper.encoder_layers):
+        for i, layer in enumerate(self.whisper.streaming_layers):
             x, k, v = layer.stream(x, past[f"past_k_{i}"], past[f"past_v_{i}"], mask)
             out[f"new_k_{i}"], out[f"new_v_{i}"] = k[:, : self.spec.chunk], v[:, :, : self.spec.chunk]
         x = normalise(x)

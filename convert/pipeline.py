@@ -23,7 +23,7 @@ from whisperlet.errors import ModelError
 
 from . import adapter, compact, evaluate, export, graphs, model, parity, quantise, reference
 from . import recipe as recipes
-from .fold import FoldedWhisper
+from .fold import FoldedWhisper, LowRank
 from .machine import peak_rss_mb
 from .parity import SignatureParity, TextParity
 from .recipe import Export, Package, Quantise, Recipe
@@ -76,23 +76,27 @@ class Build:
         """Source -> checkpoint, and its modules with the gains folded away."""
         with self.step("load"):
             self.checkpoint = model.load(self.recipe.source)
-            self._adapt()
+            beside = self._adapt()
             self.dims = export.model_dims(self.checkpoint.model, self.stages[0].n_text_ctx)
-            self.whisper = FoldedWhisper(self.checkpoint.model, self.checkpoint.generation.alignment_heads)
+            self.whisper = FoldedWhisper(self.checkpoint.model, self.checkpoint.generation.alignment_heads, beside)
             self.loaded_mb = peak_rss_mb()
 
-    def _adapt(self) -> None:
-        """Merge the recipe's adapter, if it names one, into the encoder; the checkpoint's hash stays its source's."""
+    def _adapt(self) -> list[dict[str, LowRank]] | None:
+        """Merge the recipe's adapter into the encoder, or return it; the checkpoint's hash stays its source's."""
         stage = recipes.adapter(self.recipe)
         if stage is None:
-            return
+            return None
         path = adapter.find(stage.file)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         if stage.sha256 not in ("", sha256):
             raise ModelError(f"{path}: is not the adapter that the recipe names: its SHA-256 is {sha256}")
-        adapter.merge(self.checkpoint.model.model.encoder, path, self.checkpoint.sha256)
         self.adapter, found = stage.file, msgspec.structs.replace(stage, sha256=sha256)
         self.recipe = msgspec.structs.replace(self.recipe, stages=[found, *self.stages])
+        encoder = self.checkpoint.model.model.encoder
+        if not stage.merge:
+            return adapter.apart(encoder, path, self.checkpoint.sha256)
+        adapter.merge(encoder, path, self.checkpoint.sha256)
+        return None
 
     def run_export(self, stage: Export) -> None:
         """Modules -> float .tflite, and how far folding moved the logits."""

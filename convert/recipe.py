@@ -18,10 +18,15 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Adapter(Stage, frozen=True, tag="adapter"):
-    """Add a low-rank adapter that `distil` made to the encoder's matrices. A recipe may do without."""
+    """A low-rank adapter of the encoder that `distil` made. A recipe may do without.
+
+    It stays beside the matrices, for streaming alone: finals are then what they were. Merged into the matrices it
+    costs no computation, and changes finals too.
+    """
 
     file: str  # name of one that ships, or a .safetensors file
     sha256: str = ""  # of the file; a recipe that gives it is held to it, a bundle's recipe has it
+    merge: bool = False
 
 
 class Export(Stage, frozen=True, tag="export"):

@@ -11,7 +11,9 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 from convert import adapter, distil, pipeline, recipe, streaming, wheels
+from convert.graphs import Stream
 from convert.recipe import Adapter
+from whisperlet.bundle import StreamSpec
 from whisperlet.errors import ModelError
 
 RANK, ALPHA, SOURCE = 4, 8, "5" * 64
@@ -215,25 +217,46 @@ def test_a_build_merges_it_and_says_so(checkpoint, tmp_path):
     folder, source_sha256 = checkpoint
     path = tmp_path / "mine.safetensors"
     adapter.save(path, attached(), rank=RANK, alpha=ALPHA, source_sha256=source_sha256)
-    build = loaded(folder, tmp_path, Adapter(file=str(path)))
+    build = loaded(folder, tmp_path, Adapter(file=str(path), merge=True))
     assert (heard(build.checkpoint.model.model.encoder) - heard(attached())).abs().max() < TOLERANCE
     assert build.checkpoint.sha256 == source_sha256
     said = build.manifest()
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert said.source_sha256 == source_sha256
-    assert said.recipe["stages"][0] == {"stage": "adapter", "file": str(path), "sha256": sha256}
+    assert said.recipe["stages"][0] == {"stage": "adapter", "file": str(path), "sha256": sha256, "merge": True}
     assert build.adapter == str(path)
-    again = loaded(folder, tmp_path, Adapter(file=str(path), sha256=sha256))
+    again = loaded(folder, tmp_path, Adapter(file=str(path), sha256=sha256, merge=True))
     assert again.manifest().recipe == said.recipe
     with pytest.raises(ModelError, match="is not the adapter that the recipe names"):
         loaded(folder, tmp_path, Adapter(file=str(path), sha256="0" * 64))
 
 
-def test_what_is_folded_is_adapted(checkpoint, tmp_path):
+def parameters_differ(layers, others):
+    return not all(torch.equal(a, b) for a, b in zip(layers.parameters(), others.parameters(), strict=True))
+
+
+def streamed(build):
+    """What the decoder gets of a first step."""
+    spec = StreamSpec(chunk=5, overlap=4, padding=3, context=10)
+    module = Stream(build.whisper, build.dims, spec)
+    torch.manual_seed(0)
+    inputs = {name: torch.zeros_like(example) for name, example in module.examples().items()}
+    inputs["mel"] = torch.rand_like(inputs["mel"])
+    inputs["mask"][:, : spec.context] = -1e4  # nothing is committed yet
+    with torch.no_grad():
+        return {name: tensor for name, tensor in module(**inputs).items() if name.startswith("cross")}
+
+
+def test_merged_or_apart_it_streams_the_same_and_apart_it_leaves_the_whole_window_alone(checkpoint, tmp_path):
     folder, source_sha256 = checkpoint
     path = tmp_path / "mine.safetensors"
     adapter.save(path, attached(), rank=RANK, alpha=ALPHA, source_sha256=source_sha256)
-    adapted, plain = loaded(folder, tmp_path, Adapter(file=str(path))), loaded(folder, tmp_path)
+    plain = loaded(folder, tmp_path)
+    merged, apart = (loaded(folder, tmp_path, Adapter(file=str(path), merge=merge)) for merge in (True, False))
     assert plain.adapter is None
-    pairs = zip(adapted.whisper.encoder_layers.parameters(), plain.whisper.encoder_layers.parameters(), strict=True)
-    assert not all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert parameters_differ(merged.whisper.encoder_layers, plain.whisper.encoder_layers)
+    assert not parameters_differ(apart.whisper.encoder_layers, plain.whisper.encoder_layers)
+    assert torch.equal(heard(apart.checkpoint.model.model.encoder), heard(plain.checkpoint.model.model.encoder))
+    expected, found, untaught = streamed(merged), streamed(apart), streamed(plain)
+    assert max((found[name] - expected[name]).abs().max() for name in expected) < TOLERANCE
+    assert max((untaught[name] - expected[name]).abs().max() for name in expected) > 100 * TOLERANCE

@@ -32,6 +32,7 @@ QUICK = Settings(
     learning_rate=3e-3,
     gap_every=4,
     save_every=5,
+    whole_weight=1.0,
 )
 
 
@@ -95,6 +96,13 @@ def test_it_learns_to_stream(unbroken):
     assert last.loss < 0.7 * second.loss
     assert last.streamed < 0.6 * first.streamed
     assert last.short < 0.5 * first.short
+
+
+def test_it_may_learn_to_stream_alone(folder, audio, tmp_path, unbroken):
+    alone = training(folder, audio, Settings(**{**msgspec.structs.asdict(QUICK), "whole_weight": 0.0}))
+    alone.run(tmp_path)
+    assert alone.curve[-1].streamed < alone.curve[0].streamed
+    assert alone.curve[-1].loss < unbroken.curve[-1].loss  # which has the other error in it
 
 
 def test_the_teacher_stays_as_it_was(folder, audio, unbroken):
