@@ -15,6 +15,7 @@ from .power import power_source
 from .thermal import Governor, Reading, Thermometer
 
 log = logging.getLogger(__name__)
+LOOK_S = 30.0  # that sensors and firmware may take, each asked several times
 LEVELS: dict[Thrift, tuple[Level, str]] = {
     Thrift.NORMAL: ("normal", "everything as configured"),
     Thrift.LONGER_HOP: ("longer_hop", "half of the partials"),
@@ -34,7 +35,9 @@ class Monitor:
         sample_s: float,
         on_thrift: Callable[[Thrift], None],
         on_event: Callable[[str, str], None],
+        beat: Callable[[float], None] = lambda _within_s: None,
     ) -> None:
+        self._beat = beat
         self._meter, self._governor, self._look, self._sample_s = meter, governor, look, sample_s
         self._on_thrift, self._on_event = on_thrift, on_event
         self._seen = Reading(None, None)
@@ -81,7 +84,9 @@ class Monitor:
             self._on_event("thermal_level", f"{name}: {meaning}; {step.reason}")
 
     def _run(self) -> None:
+        self._beat(self._sample_s)
         while not self._stopping.wait(self._sample_s):
+            self._beat(self._sample_s + LOOK_S)
             try:
                 self.look()
             except Exception:
@@ -96,8 +101,10 @@ def make_monitor(
     core_s: Callable[[], float],
     on_thrift: Callable[[Thrift], None],
     on_event: Callable[[str, str], None],
+    beat: Callable[[float], None],
 ) -> Monitor:
     """Monitor of this device; `core_s` tells the agent's processor seconds since it was last called."""
     meter = Meter(power_source(config.power, core_s), activity)
     governor = Governor(config.thermal) if config.thermal.enabled else None
-    return Monitor(meter, governor, Thermometer(config.power).read, config.telemetry.sample_s, on_thrift, on_event)
+    look = Thermometer(config.power).read
+    return Monitor(meter, governor, look, config.telemetry.sample_s, on_thrift, on_event, beat)

@@ -10,8 +10,10 @@ from .outbox import Limits, MemoryOutbox
 from .store import DurableOutbox
 
 
-def new_outbox(config: OutboxConfig, on_event: Callable[[str, str], None]) -> MemoryOutbox:
-    """On disk or in memory, not started; `on_event(name, detail)` is for one on disk."""
+def new_outbox(
+    config: OutboxConfig, on_event: Callable[[str, str], None], beat: Callable[[float], None]
+) -> MemoryOutbox:
+    """On disk or in memory, not started; `on_event(name, detail)` and `beat(within_s)` are for one on disk."""
     limits = Limits(
         messages=config.max_messages,
         bytes=config.max_bytes,
@@ -20,4 +22,4 @@ def new_outbox(config: OutboxConfig, on_event: Callable[[str, str], None]) -> Me
     )
     if not config.durable:
         return MemoryOutbox(limits)
-    return DurableOutbox(Path(config.dir) if config.dir else default_state_dir(), limits, on_event)
+    return DurableOutbox(Path(config.dir) if config.dir else default_state_dir(), limits, on_event, beat=beat)

@@ -71,17 +71,19 @@ class Pipeline:
     ) -> None:
         self.config = config
         self.session = new_session()
-        self.outbox = new_outbox(config.outbox, self.report)
         self._log = RecentLog()
         self.vitals = Vitals(self._sense, self._renew_status, self.report)
         beats = self.vitals.heartbeat
+        self.outbox = new_outbox(config.outbox, self.report, beats.of("outbox"))
         self.supervisor = Supervisor(
             bundle.path, config.recogniser, cache_dir, self._on_transcript, self.report, beats.of("engine")
         )
         self.gate = ConfirmedGate(config.vad)
         self.switched = SwitchedGate(self.gate)
         used = Usage()
-        self.monitor = make_monitor(config, self._activity, lambda: used.read()[0], self._on_thrift, self.report)
+        self.monitor = make_monitor(
+            config, self._activity, lambda: used.read()[0], self._on_thrift, self.report, beats.of("monitor")
+        )
         self.telemetry = Telemetry(self.session, energy=self.monitor.energy, heat=self.monitor.heat)
         self.info = introduction(self.session, config, bundle)
         self.controls = Controls(Settings.of(config), self._levers())

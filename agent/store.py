@@ -32,6 +32,8 @@ FILE = "outbox.db"
 TELEMETRY_BATCH = 20  # ten minutes of it, in one commit
 DELETE_BATCH = 100
 MEMORY_BYTES = 4_000_000  # of messages that are not on disk yet
+IDLE_S = 20.0  # the longest sleep
+WRITE_S = 120.0  # that a tired card may take for a commit
 CLOSE_TIMEOUT_S = 10.0  # for a disk that hangs
 
 logger = logging.getLogger(__name__)
@@ -50,12 +52,13 @@ class DurableOutbox(MemoryOutbox):
         on_event: Callable[[str, str], None],
         *,
         clock: Callable[[], float] = uptime_s,
+        beat: Callable[[float], None] = lambda _within_s: None,
         delete_after_s: float = 15.0,
         retry_s: float = 5.0,
     ) -> None:
         super().__init__(limits, clock=clock)
         self._folder = folder
-        self._on_event = on_event
+        self._on_event, self._beat = on_event, beat
         self._delete_after_s = delete_after_s
         self._retry_s = retry_s
         self._lock_descriptor: int | None = None
@@ -139,7 +142,9 @@ class DurableOutbox(MemoryOutbox):
         """Sleep until there is something to write; returns False when the outbox is being closed."""
         with self._work:
             while not self._is_closing and (wait_s := self._due_in_s()) > 0:
-                self._work.wait(wait_s)
+                self._beat(IDLE_S)
+                self._work.wait(min(wait_s, IDLE_S))
+            self._beat(WRITE_S)
             return not self._is_closing
 
     def _due_in_s(self) -> float:

@@ -1,8 +1,10 @@
 """The whole agent: as a process with real bundle, broker and speech; in this process with a stub of an engine."""
 
+import contextlib
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,12 +24,22 @@ from test_worker_process import replace_engine
 
 from agent import pipeline as pipelines
 from agent.audio_files import read_file
-from agent.config import Config, LogConfig, MqttConfig, PowerConfig, RecogniserConfig, TelemetryConfig, ThermalConfig
+from agent.config import (
+    Config,
+    LogConfig,
+    MqttConfig,
+    PowerConfig,
+    RecogniserConfig,
+    SourceConfig,
+    TelemetryConfig,
+    ThermalConfig,
+)
 from agent.messages import AudioChunk, Thrift, Transcript
 from agent.pipeline import Pipeline
+from agent.reopening import ReopeningMicrophone
 from agent.sources import SourceCounters, paced
 from whisperlet.audio import SAMPLE_RATE
-from whisperlet.errors import AudioError, BundleError
+from whisperlet.errors import AudioDeviceLost, AudioError, BundleError
 
 pytestmark = needs_mosquitto
 DEVICE = "kiosk"
@@ -68,7 +80,8 @@ def test_words_arrive_while_and_after_they_are_spoken(run, broker, clips):
     with Subscriber(broker.port) as heard:
         agent = run(named(clips, "61-70968-0000"), "--pace")
         assert agent.wait(60) == 0
-        wait_for(lambda: [status["state"] for status in heard.on("status")] == ["online", "offline"])
+        states = wait_for(lambda: [s["state"] for s in heard.on("status")][-1:] == ["offline"] and heard.on("status"))
+        assert [s["condition"] and s["condition"]["microphone"] for s in states] == ["starting", "listening", None]
         finals, partials, telemetry = (
             heard.on("transcript/final"),
             heard.on("transcript/partial"),
@@ -135,7 +148,7 @@ def test_no_words_without_speech(run, broker, tmp_path, kind):
     soundfile.write(folder / "noise.wav", audio, SAMPLE_RATE)
     with Subscriber(broker.port) as heard:
         assert run(folder).wait(60) == 0
-        wait_for(lambda: len(heard.on("status")) == 2)
+        wait_for(lambda: heard.on("status")[-1]["state"] == "offline")
     assert [final["text"] for final in heard.on("transcript/final") if final["text"]] == []
 
 
@@ -176,14 +189,14 @@ def make(monkeypatch, tmp_path, broker, clips):
     )
     made = []
 
-    def make(**changes):
+    def make(source=lambda *_: paced(Talk(named(clips, "1995-1837-0001"))), **changes):
         config = msgspec.structs.replace(plain, **changes)
-        made.append(Pipeline(config, bundle, lambda *_: paced(Talk(named(clips, "1995-1837-0001"))), tmp_path))
+        made.append(Pipeline(config, bundle, source, tmp_path))
         return made[-1]
 
     yield make
     for pipeline in made:  # if the test did not
-        pipeline.source._source.close()
+        getattr(pipeline.source, "_source", pipeline.source).close()
 
 
 def started(pipeline):
@@ -339,3 +352,85 @@ def test_what_was_said_is_in_the_log_only_if_that_is_wanted(make, caplog, transc
     assert caplog.text.count(said) == transcripts
     assert pipeline.outbox.depth == 1
     pipeline.publisher.stop(0)
+
+
+class Systemd:
+    """The socket on which a service says how it is."""
+
+    def __init__(self, folder, monkeypatch, watchdog_s):
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(folder / "notify"))
+        self._socket.setblocking(False)
+        self.heard = []
+        monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", str(round(watchdog_s * 1e6)))
+
+    def listen(self):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.heard.append(self._socket.recv(1000).decode())
+        return self.heard
+
+    def count(self, message):
+        return self.listen().count(message)
+
+    def close(self):
+        self._socket.close()
+
+
+@pytest.fixture
+def systemd(tmp_path, monkeypatch):
+    systemd = Systemd(tmp_path, monkeypatch, watchdog_s=0.8)
+    yield systemd
+    systemd.close()
+
+
+def without_microphone(_config, _counters):
+    raise AudioDeviceLost("there is none")
+
+
+def test_neither_microphone_nor_broker_and_yet_alive(make, broker, systemd):
+    """Nothing for systemd to restart: every loop goes on, and says so."""
+    broker.kill()
+    config = SourceConfig(retry_s=0.1, retry_max_s=0.3)
+    pipeline = make(
+        lambda on_event, beat: ReopeningMicrophone(
+            config, on_event, beat=beat, must_exist=False, open_microphone=without_microphone
+        )
+    )
+    pipeline.vitals.heartbeat._slack_s = 1.0
+    thread, raised = started(pipeline)
+    wait_for(lambda: systemd.count("READY=1"), 30)
+    wait_for(lambda: any("microphone lost; broker away" in line for line in systemd.listen()))
+    n_fed = systemd.count("WATCHDOG=1")
+    wait_for(lambda: systemd.count("WATCHDOG=1") > n_fed + 15, 30)
+    assert pipeline.vitals.heartbeat.stale() == []
+    assert {"ear", "engine", "monitor", "outbox", "publisher"} <= set(pipeline.vitals.heartbeat._due_s)
+    pipeline.stop()
+    thread.join(STOP_S)
+    assert not thread.is_alive()
+    assert raised == []
+    assert systemd.count("STOPPING=1") == 1
+
+
+def test_an_ear_that_is_stuck_is_not_held_for_alive(make, systemd, monkeypatch):
+    pipeline = make()
+    pipeline.vitals.heartbeat._slack_s = 0.5
+    monkeypatch.setattr(pipelines, "EAR_S", 0.5)
+    may_go_on = threading.Event()
+
+    def stuck(_chunk):
+        may_go_on.wait(60)
+        return []
+
+    thread, _ = started(pipeline)
+    wait_for(lambda: systemd.count("WATCHDOG=1"), 30)
+    monkeypatch.setattr(pipeline.gate, "feed", stuck)
+    wait_for(lambda: any("stuck: ear" in line for line in systemd.listen()), 30)
+    n_fed = systemd.count("WATCHDOG=1")
+    time.sleep(1.5)  # in which it would have been fed seven times
+    assert systemd.count("WATCHDOG=1") == n_fed
+    may_go_on.set()
+    wait_for(lambda: systemd.count("WATCHDOG=1") > n_fed, 30)
+    pipeline.stop()
+    thread.join(STOP_S)

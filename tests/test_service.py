@@ -74,10 +74,11 @@ def test_times_fit_the_agents_own():
     from agent.link import CONNECT_TIMEOUT_S
     from agent.mqtt import FAREWELL_S
     from agent.pipeline import DRAIN_S, FLUSH_S, PULSE_S
+    from agent.store import CLOSE_TIMEOUT_S
 
     unit = settings(UNIT)
     assert int(unit["TimeoutStartSec"]) > START_TIMEOUT_S
-    assert int(unit["TimeoutStopSec"]) > DRAIN_S + FLUSH_S + CONNECT_TIMEOUT_S + FAREWELL_S
+    assert int(unit["TimeoutStopSec"]) > DRAIN_S + FLUSH_S + CONNECT_TIMEOUT_S + FAREWELL_S + CLOSE_TIMEOUT_S
     assert int(unit["WatchdogSec"]) > 4 * PULSE_S
     # a watchdog that bites again and again is not to end in the start limit at once
     assert int(unit["StartLimitIntervalSec"]) / int(unit["StartLimitBurst"]) > int(unit["WatchdogSec"])
