@@ -19,6 +19,7 @@ from .fold import LowRank
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # every matrix of an encoder layer
 SHIPPED = "adapters"  # folder of this package
 SUFFIX = ".safetensors"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # how peft ends the names of a pair
 
 
 def attach(encoder: Any, rank: int, alpha: int) -> None:
@@ -106,8 +107,11 @@ def apart(encoder: Any, path: Path, source_sha256: str) -> list[dict[str, LowRan
     return parts
 
 
-def put(encoder: Any, path: Path, source_sha256: str) -> tuple[int, int]:
-    """Attach a stored adapter; its rank and alpha. Raises ModelError if it was made for another checkpoint."""
+def put(encoder: Any, path: Path, source_sha256: str, max_rank: int | None = None) -> tuple[int, int]:
+    """Attach a stored adapter, or the nearest one of `max_rank`; its rank and alpha.
+
+    Raises ModelError if the file is damaged, or was made for another checkpoint.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -119,11 +123,25 @@ def put(encoder: Any, path: Path, source_sha256: str) -> tuple[int, int]:
         raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
     if not tensors or not all(rank in tensor.shape and tensor.isfinite().all() for tensor in tensors.values()):
         raise ModelError(f"{path}: is damaged: its tensors are not finite, or not of rank {rank}")
+    if max_rank is not None and rank > max_rank:
+        tensors, rank, alpha = _cut(tensors, max_rank), max_rank, alpha * max_rank // rank
     attach(encoder, rank, alpha)
     if _shapes(tensors) != _shapes(state(encoder)):
         raise ModelError(f"{path}: is damaged: its tensors are not those of this checkpoint's encoder")
     restore(encoder, tensors)
     return rank, alpha
+
+
+def _cut(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """The pairs of matrices whose products are nearest to those given, by singular value decomposition."""
+    cut = {}
+    for name, down in tensors.items():
+        if name.endswith(DOWN):
+            up = name.removesuffix(DOWN) + UP
+            u, s, v = torch.svd_lowrank(tensors[up] @ down, rank + 8, niter=8)
+            root = s[:rank].sqrt()
+            cut[name], cut[up] = root[:, None] * v[:, :rank].T, u[:, :rank] * root
+    return cut
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

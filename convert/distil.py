@@ -44,8 +44,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     warmup_steps: int = 10
     final_rate: float = 0.05  # of the learning rate, at the end of a cosine
     clip_norm: float = 1.0
-    rank: int = 32
-    alpha: int = 64
+    rank: int = 16
+    alpha: int = 32
     chunks: tuple[int, ...] = (15, 15, 15, 20, 25, 45)  # C is drawn from these ...
     overlaps: tuple[int, ...] = (10, 20, 40, 40, 75)  # ... and R from these
     padding: int = 32  # frames of silence after a step's own
@@ -245,11 +245,11 @@ def check_target(target: Path) -> None:
 
 
 def _attach(encoder: Any, settings: Settings, start: Path | None, source_sha256: str) -> dict[str, Any] | None:
-    """A new adapter, or the one to train on. Raises ModelError if that one does not fit."""
+    """A new adapter, or the one to train on, cut to the settings' rank. Raises ModelError if that one does not fit."""
     if start is None:
         adapter.attach(encoder, settings.rank, settings.alpha)
         return None
-    found = adapter.put(encoder, start, source_sha256)
+    found = adapter.put(encoder, start, source_sha256, settings.rank)
     if found != (settings.rank, settings.alpha):
         raise ModelError(f"{start}: has rank and alpha {found}, not {(settings.rank, settings.alpha)}")
     record = start.with_suffix(".json")

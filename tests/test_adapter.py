@@ -191,6 +191,23 @@ def test_what_ships_was_made_for_the_pinned_checkpoint(shipped):
     assert record.curve[-1].streamed < record.curve[0].streamed
 
 
+def products(encoder):
+    """What the adapter adds, by matrix."""
+    tensors, scale = adapter.state(encoder), ALPHA / RANK
+    names = [name.removesuffix(adapter.DOWN) for name in tensors if name.endswith(adapter.DOWN)]
+    return {name: scale * tensors[name + adapter.UP] @ tensors[name + adapter.DOWN] for name in names}
+
+
+def test_it_is_cut_to_the_nearest_of_a_lower_rank(path):
+    whole, cut = make_encoder(), make_encoder()
+    assert adapter.put(whole, path, SOURCE) == adapter.put(make_encoder(), path, SOURCE, RANK + 1) == (RANK, ALPHA)
+    assert adapter.put(cut, path, SOURCE, RANK // 2) == (RANK // 2, ALPHA // 2)
+    for name, full in products(whole).items():
+        u, s, v = torch.linalg.svd(full, full_matrices=False)
+        nearest = u[:, : RANK // 2] @ s[: RANK // 2].diag() @ v[: RANK // 2]
+        assert (products(cut)[name] - nearest).abs().max() < 1e-4 * s[0]
+
+
 # in a build
 
 

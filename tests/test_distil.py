@@ -254,6 +254,15 @@ def test_an_adapter_is_trained_on(folder, audio, tmp_path, unbroken):
     assert record.start["record"]["curve"] == msgspec.to_builtins(unbroken.curve)
 
 
+def test_an_adapter_is_cut_to_the_rank_that_is_asked_for(folder, tmp_path, unbroken):
+    target = tmp_path / "first.safetensors"
+    unbroken.write(target)
+    settings = Settings(**{**msgspec.structs.asdict(QUICK), "rank": QUICK.rank // 2, "alpha": QUICK.alpha // 2})
+    further = Training(model.load(str(folder)), unbroken.corpus, settings, target)
+    further._measure()
+    assert unbroken.curve[-1].streamed < further.curve[0].streamed < unbroken.curve[0].streamed
+
+
 def test_an_adapter_of_another_rank_is_not_trained_on(folder, tmp_path, unbroken):
     target = tmp_path / "first.safetensors"
     unbroken.write(target)
