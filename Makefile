@@ -37,7 +37,7 @@ DEVICE_FILES := \
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv mic system bundle demo test lint bench fuzz schemas install-device uninstall-device clean
+.PHONY: help venv mic system bundle demo test lint bench fuzz soak schemas install-device uninstall-device clean
 
 help:
 	@echo 'make demo     set everything up and watch the agent work, over MQTT, on recorded speech'
@@ -45,6 +45,7 @@ help:
 	@echo 'make test     lint, then all tests'
 	@echo 'make bench    measure everything, which takes hours on a quiet machine; BENCH=latency for one'
 	@echo 'make fuzz     feed everything that reads foreign bytes with nonsense; MINUTES=10, FUZZ=NAME for one target'
+	@echo 'make soak     what takes too long for a test; SOAK=fleet for one'
 	@echo 'make venv     .venv with everything installed; PYTHON=... to choose the interpreter'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make schemas  docs/schema from the code'
@@ -117,6 +118,10 @@ bench: venv bundle
 fuzz: venv
 	@test -d .fuzz/atheris || $(PIP_INSTALL) --no-deps --target .fuzz atheris 2>/dev/null || echo 'no atheris'
 	@PYTHONPATH=.fuzz $(BIN)/python -m tests.fuzzing $(FUZZ) --minutes $(or $(MINUTES),10)
+
+# Hours in full; SOAK='fleet outbox' for some.
+soak: venv
+	@PYTHONPATH=tests:. $(BIN)/python -m soak $(SOAK)
 
 schemas: $(STAMP)
 	@$(BIN)/python -m agent.schemas docs/schema

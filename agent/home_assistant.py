@@ -87,7 +87,7 @@ def _entities(topic: Callable[[str], str]) -> dict[str, dict[str, Any]]:
         | _measured(
             topic,
             "Power",
-            "value_json.energy.joules / value_json.interval_s if value_json.energy else none",
+            "value_json.energy.watts if value_json.energy else none",
             "W",
             device_class="power",
         ),

@@ -26,11 +26,11 @@ LANGUAGES = {"en": 1, "de": 2}
 class Device:
     """A dispatcher, and what it has asked of the pipeline."""
 
-    def __init__(self, **actions):
+    def __init__(self, name="dev", **actions):
         self.applied, self.restarts, self.now_s = [], [], NOON
         told = {"apply": self.applied.append, "restart": self.restarts.append, "diagnostics": lambda: {"log": []}}
         self.dispatcher = Dispatcher(
-            lambda name: f"whisperlet/dev/{name}",
+            lambda topic: f"whisperlet/{name}/{topic}",
             "s1",
             CONFIGURED,
             LANGUAGES,

@@ -47,7 +47,7 @@ class Agent(Publisher):
         values = {"device": "dev", "reconnect_min_s": 0.1, "reconnect_max_s": 1.0, "will_delay_s": 0} | config
         self.outbox = MemoryOutbox(Limits(messages=capacity))
         self.events = []
-        config = MqttConfig(url=f"mqtt://127.0.0.1:{port}", **values)
+        config = MqttConfig(**{"url": f"mqtt://127.0.0.1:{port}"} | values)
         super().__init__(
             config, self.outbox, INFO, self._note, remote=remote, rng=rng, takeover_retry_s=takeover_retry_s
         )
