@@ -44,8 +44,8 @@ help:
 	@echo 'make bundle   build/$(RECIPE).tflite; RECIPE=NAME for another of convert/recipes/'
 	@echo 'make test     lint, then all tests'
 	@echo 'make bench    measure everything, which takes hours on a quiet machine; BENCH=latency for one'
+	@echo 'make soak     faults by the hundred, which takes minutes; SOAK=outbox for one'
 	@echo 'make fuzz     feed everything that reads foreign bytes with nonsense; MINUTES=10, FUZZ=NAME for one target'
-	@echo 'make soak     what takes too long for a test; SOAK=fleet for one'
 	@echo 'make venv     .venv with everything installed; PYTHON=... to choose the interpreter'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make schemas  docs/schema from the code'
@@ -120,7 +120,7 @@ fuzz: venv
 	@PYTHONPATH=.fuzz $(BIN)/python -m tests.fuzzing $(FUZZ) --minutes $(or $(MINUTES),10)
 
 # Hours in full; SOAK='fleet outbox' for some.
-soak: venv
+soak: system venv
 	@PYTHONPATH=tests:. $(BIN)/python -m soak $(SOAK)
 
 schemas: $(STAMP)

@@ -36,6 +36,8 @@ GOODBYE_S = 2.0  # what was published may arrive after the agent has ended
 AGENT_CONFIG = f"""
 [mqtt]
 device = "{DEVICE}"
+[outbox]
+durable = false
 [telemetry]
 interval_s = 5
 """

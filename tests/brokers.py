@@ -40,11 +40,10 @@ class Broker:
         self._folder = folder
         self._process = None
 
-    def start(self, options="allow_anonymous true"):
+    def start(self, options="allow_anonymous true", *, persistent=False):
         config = self._folder / "mosquitto.conf"
-        config.write_text(
-            f"listener {self.port} 127.0.0.1\npersistence false\nset_tcp_nodelay true\nuser root\n{options}\n"
-        )
+        kept = f"persistence true\npersistence_location {self._folder}/" if persistent else "persistence false"
+        config.write_text(f"listener {self.port} 127.0.0.1\n{kept}\nset_tcp_nodelay true\nuser root\n{options}\n")
         self._process = subprocess.Popen(
             [MOSQUITTO, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -55,8 +54,15 @@ class Broker:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def kill(self):
+        self._end(signal.SIGKILL)
+
+    def stop(self):
+        """End it as its service manager does: it writes down what it keeps."""
+        self._end(signal.SIGTERM)
+
+    def _end(self, number):
         if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
+            self._process.send_signal(number)
             self._process.wait()
             self._process = None
 

@@ -18,6 +18,7 @@ from agent.store import FILE, DurableOutbox
 
 DURABLE = (Kind.EVENT, Kind.FINAL)
 BATCH = 3  # of telemetry
+MEMORY = Path("/dev/shm")  # where there is nothing to wait for
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.root = Path(tempfile.mkdtemp())
+        self.root = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
         self.n = self.n_folders = 0
         self.events = []
         self.model = DiskModel(capacity=7)
@@ -91,11 +92,14 @@ class Machine(RuleBasedStateMachine):
     def is_in_trouble(self):
         return bool(self.outbox.trouble)
 
-    @rule(kind=st.sampled_from(ORDER[1:]))
-    def put(self, kind):
-        self.n += 1
-        self.outbox.put(envelope(kind, self.n))
-        self.model.put(self.n, kind)
+    @rule(kinds=st.lists(st.sampled_from(ORDER[1:]), min_size=1, max_size=4), is_committed=st.booleans())
+    def put(self, kinds, is_committed):
+        for kind in kinds:
+            self.n += 1
+            self.outbox.put(envelope(kind, self.n))
+            self.model.put(self.n, kind)
+        if is_committed:
+            self.commit()
 
     @rule()
     def commit(self):
@@ -110,11 +114,19 @@ class Machine(RuleBasedStateMachine):
         assert found == self.model.take(limit, is_in_trouble=self.is_in_trouble)
 
     @precondition(lambda self: self.model.in_flight)
-    @rule(index=st.integers(0, 3), is_sent=st.booleans())
-    def finish(self, index, is_sent):
-        n, kind = self.model.in_flight.pop(index % len(self.model.in_flight))
-        (self.outbox.ack if is_sent else self.outbox.discard)(self.ids[n])
-        self.model.dropped[kind] += not is_sent
+    @rule(indices=st.lists(st.integers(0, 3), min_size=1, max_size=4), is_sent=st.booleans())
+    def finish(self, indices, is_sent):
+        for index in indices[: len(self.model.in_flight)]:
+            n, kind = self.model.in_flight.pop(index % len(self.model.in_flight))
+            (self.outbox.ack if is_sent else self.outbox.discard)(self.ids[n])
+            self.model.dropped[kind] += not is_sent
+
+    @precondition(lambda self: self.model.waiting and not self.model.in_flight)
+    @rule(is_sent=st.booleans())
+    def deliver(self, is_sent):
+        self.take(4)
+        if self.model.in_flight:
+            self.finish([0, 1, 0, 0], is_sent)
 
     @rule()
     def requeue(self):
@@ -206,5 +218,5 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

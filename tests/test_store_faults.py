@@ -12,7 +12,7 @@ from test_outbox import envelope, fill, numbers
 from agent import store as stores
 from agent.messages import Envelope, Kind
 from agent.spool import KEEP_ASIDE
-from agent.store import FILE
+from agent.store import FILE, TELEMETRY_BATCH
 
 
 def left_by_a_crash(boxes, kinds, **options):
@@ -123,16 +123,29 @@ def test_a_file_that_was_taken_away_is_made_again(boxes):
     outbox = boxes.started()
     fill(outbox, "fff")
     assert outbox.flush(20)
-    ((first, _),) = outbox.take(1)
+    outbox.take(1)
     for path in boxes.folder.glob(f"{FILE}*"):
         path.unlink()
     outbox.put(envelope(Kind.FINAL, 3))
     assert outbox.flush(20)
-    outbox.ack(first)
     outbox.close()
     assert boxes.events == [("outbox_damaged", "the file is not the same any more; 2 messages lost")]
     assert outbox.dropped() == {Kind.FINAL: 2}
-    assert taken(boxes.started()) == [3]
+    assert taken(boxes.started()) == [0, 3]  # the first was in flight, so in memory too
+
+
+def test_what_is_in_flight_is_not_lost_with_the_file(boxes):
+    outbox = boxes()
+    outbox._open()
+    fill(outbox, "t" * TELEMETRY_BATCH)
+    assert len(outbox.take(2)) == 2
+    assert outbox.commit()
+    for path in boxes.folder.glob(f"{FILE}*"):
+        path.unlink()
+    assert outbox.commit()
+    outbox.requeue()
+    assert numbers(outbox.take(99)) == [0, 1]
+    assert outbox.dropped() == {Kind.TELEMETRY: TELEMETRY_BATCH - 2}
 
 
 def test_without_a_folder_it_works_in_memory_until_there_is_one(boxes):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from brokers import wait_for
+from outboxes import die
 from test_outbox import Clock, envelope, fill, numbers
 
 from agent import store as stores
@@ -128,6 +129,24 @@ def test_deletes_are_grouped(boxes, commits):
     assert commits == [(1, 0), (1, 1), (1, 1), (1, 1), (1, 1)]  # each delete came with the next final
     outbox.close()
     assert commits[5:] == [(0, 1)]
+
+
+def test_what_is_delivered_while_it_is_written_does_not_come_back(boxes, monkeypatch):
+    outbox = boxes()
+    outbox._open()
+    fill(outbox, "t" * BATCH)
+    taken = outbox.take(BATCH)
+
+    def commit(self, *args, plain=Spool.commit):
+        plain(self, *args)
+        while taken:
+            outbox.ack(taken.pop()[0])
+
+    monkeypatch.setattr(Spool, "commit", commit)
+    assert outbox.commit()
+    assert outbox.commit()
+    die(outbox)
+    assert boxes.started().restored() == {}
 
 
 def test_deletes_do_not_wait_for_ever(boxes, commits):
