@@ -70,7 +70,7 @@ def clip(clips):
 
 
 @pytest.mark.parametrize("noise", [rattle, clicks, hum, siren])
-@pytest.mark.parametrize("gain", [0.1, 1.0, 2.0])
+@pytest.mark.parametrize("gain", [0.3, 1.0, 2.0])
 def test_noise_stops_at_the_second_opinion(noise, gain):
     pcm = np.concatenate([silence(0.5), (gain * noise()).clip(-32_768, 32_767).astype(np.int16), silence(1)])
     assert through(Gate(PLAIN), pcm), "the first gate was to be fooled"
