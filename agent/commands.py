@@ -32,6 +32,7 @@ SETTABLE = {
     "vad": tuple(VadConfig.__struct_fields__),
     "telemetry": ("interval_s",),
 }
+UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)  # ValueError: text that is not UTF-8
 TERMS = "recogniser.terms"  # known by name so that whoever asks learns why not
 
 
@@ -159,7 +160,7 @@ def parse(name: str, payload: bytes) -> Command:
         raise Refused("invalid", f"{len(payload)} bytes are too many; {MAX_BYTES} may come")
     try:
         command = msgspec.json.decode(payload or b"{}", type=COMMANDS[name])
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise Refused("invalid", key_and_reason(str(error), "the payload")) from None
     if command.expires_s is not None and command.time_utc is None:
         raise Refused("invalid", "expires_s: counts from time_utc, which is missing")
@@ -185,7 +186,7 @@ def desired_wishes(payload: bytes) -> dict[str, Any]:
         raise Refused("invalid", f"{len(payload)} bytes are too many; {MAX_BYTES} may come")
     try:
         document = msgspec.json.decode(payload or b"{}", type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise Refused("invalid", str(error)) from None
     return flat(document)
 

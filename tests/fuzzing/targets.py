@@ -24,6 +24,8 @@ from agent.thermal import Thermometer
 from whisperlet import bundle
 from whisperlet.errors import AudioError, BundleError, ConfigError
 
+from . import operator
+
 REPOSITORY = Path(__file__).parents[2]
 MODEL = random.Random(0).randbytes(300)
 MAX_BLOCKS = 200  # of audio: a minute or more; what follows is read in the same way
@@ -135,6 +137,7 @@ TARGETS: dict[str, Target] = {
         lambda data, folder: bundle.open_bundle(_at(folder, "b.tflite", sealed(data))), BundleError, _tails
     ),
     "config": Target(lambda data, folder: load(_at(folder, "agent.toml", data)), ConfigError, _configs),
+    "command": Target(lambda data, _folder: operator.ask(data), (), operator.seeds),
     "audio": Target(_hear, AudioError, _audio),
     "pcm": Target(
         lambda data, _folder: list(RawPcm(io.BytesIO(data), 20)), AudioError, lambda: [b"", b"\0" * 641, bytes(range(256))]
