@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-NAMES = ("outbox", "wear", "fleet")  # modules with `run(folder) -> dict` and `failures(result, "endurance") -> list`
+NAMES = ("outbox", "wear", "fleet", "endurance")  # modules with `run(folder) -> dict` and `failures(result) -> list`
 
 
 def main(arguments: list[str]) -> int:
