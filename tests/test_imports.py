@@ -178,3 +178,23 @@ def test_nothing_tells_of_one_machine():
     texts = ((name, text) for name, text in tracked_texts() if not name.endswith(Path(__file__).name))
     found = [(name, match[0]) for name, text in texts for match in re.finditer(f"{paths}|{hosts}", text)]
     assert found == []
+
+
+def needed_by(module, seen):
+    """Modules of `convert` that one of them imports, and what those import."""
+    if module not in seen:
+        seen.add(module)
+        for node in ast.walk(ast.parse((REPOSITORY / f"convert/{module}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                for name in names:
+                    if (REPOSITORY / f"convert/{name}.py").is_file():
+                        needed_by(name, seen)
+    return seen
+
+
+def test_a_kept_bundle_is_built_anew_when_a_module_that_makes_it_has_changed():
+    line = next(x for x in (REPOSITORY / "Makefile").read_text().splitlines() if x.startswith("BYSTANDERS :="))
+    bystanders = line.partition(":=")[2].partition("#")[0].split()
+    assert all((REPOSITORY / f"convert/{name}.py").is_file() for name in bystanders)
+    assert needed_by("pipeline", set()).isdisjoint(bystanders)
