@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -155,12 +157,17 @@ def cache_dir(settings: Config) -> Path:
 
 def main() -> None:
     """Run the command; what a user can mend ends with one sentence and exit code 2."""
-    logs.set_up(LogConfig())
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # says where each thread was when systemd's watchdog ends us
+    threading.excepthook = logs.log_fault
     try:
+        logs.set_up(LogConfig())
         app()
     except (WhisperletError, EngineLost) as error:
         print(f"whisperlet-agent: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, WhisperletError) else 1)
+    except Exception:
+        logging.getLogger(__name__).critical("ended by a fault of its own", exc_info=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from whisperlet.errors import ConfigError
 
-from .config import MqttConfig
+from .config import NO_LOGIN, MqttConfig
 
 ROOT = "whisperlet"  # of all topics
 
@@ -33,7 +33,7 @@ class Broker:
         """Broker of a configuration; raises ConfigError naming the key, and the file where there is one."""
         url = urlsplit(config.url)
         if url.username is not None or url.hostname is None:
-            raise ConfigError("mqtt.url: wants HOST[:PORT]; a login goes into mqtt.username and mqtt.password_file")
+            raise ConfigError(f"mqtt.url: {NO_LOGIN}")
         try:
             port = url.port or (8883 if url.scheme == "mqtts" else 1883)
         except ValueError:

@@ -14,6 +14,7 @@ import msgspec
 from whisperlet.errors import ConfigError
 
 Positive = msgspec.Meta(gt=0)
+NO_LOGIN = "wants HOST[:PORT]; a login goes into mqtt.username and mqtt.password_file"
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -187,6 +188,8 @@ def _on_one_line(key: str) -> str:
 
 def _checked(config: Config, origin: str) -> Config:
     """What types cannot say."""
+    if "@" in config.mqtt.url:  # not shown: it may hold a password
+        raise ConfigError(f"{origin}: mqtt.url: {NO_LOGIN}")
     if not _is_broker(config.mqtt.url):
         raise ConfigError(f"{origin}: mqtt.url: {config.mqtt.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
     if config.mqtt.device is not None and not re.fullmatch(r"[^/+#\0]+", config.mqtt.device):

@@ -183,6 +183,10 @@ def test_other_rates_and_channels_give_the_same_words(real_bundle, tmp_path, con
         ("[vad]\nstart_ms = 5", "vad.start_ms: Expected `int` >= 20"),
         ("[vad", "is not TOML"),
         ('[mqtt]\nurl = "mqtt://broker:port"', "mqtt.url: 'mqtt://broker:port' is not"),
+        (
+            '[mqtt]\nurl = "mqtt://me:geheim@broker:port"',
+            "mqtt.url: wants HOST[:PORT]; a login goes into mqtt.username",
+        ),
     ],
 )
 @pytest.mark.parametrize("arguments", [["transcribe", CLIP], ["run", "--source", CLIP]])
@@ -191,6 +195,12 @@ def test_a_wrong_configuration(tmp_path, text, reason, arguments):
     path.write_text(text)
     sentence = refusal("whisperlet-agent", *arguments, "--config", path, cwd=tmp_path)
     assert sentence.startswith(f"{path}: {reason}")
+
+
+def test_a_wrong_level_of_the_log(tmp_path):
+    assert refusal("whisperlet-agent", "doctor", cwd=tmp_path, WHISPERLET_LOG="loud").startswith(
+        "WHISPERLET_LOG: 'loud'"
+    )
 
 
 # microphone

@@ -12,6 +12,7 @@ import pytest
 
 from agent.config import LogConfig
 from agent.logs import OneLine, reads_journal, set_up
+from whisperlet.errors import ConfigError
 
 AWKWARD = 'two\nlines, "quoted" and ü'
 
@@ -113,3 +114,48 @@ logging.getLogger("agent.x").warning("the cable is out", extra={"event": "microp
         subprocess.run([sys.executable, "-c", code], stderr=log, env=environment, check=True)
     line = (tmp_path / "log").read_text()
     assert line == '<4>level=warning logger=agent.x event=microphone_lost msg="the cable is out"\n'
+
+
+def test_an_unknown_level_is_refused_in_one_sentence():
+    with pytest.raises(ConfigError, match=r"^WHISPERLET_LOG: 'loud' is none of debug, info, warning, error, critical$"):
+        set_up(LogConfig(), {"WHISPERLET_LOG": "loud"})
+
+
+def test_what_is_logged_while_libraries_are_kept_quiet_is_not_lost(tmp_path):
+    """Also after the second setting up, with the configuration that was read meanwhile."""
+    code = """
+import logging
+from agent import logs
+from agent.config import LogConfig
+from agent.quiet import quiet_stderr
+logs.set_up(LogConfig())
+logs.set_up(LogConfig())
+with quiet_stderr():
+    logging.getLogger("agent.x").warning("the broker is away")
+"""
+    assert errors_of(code, tmp_path) == "WARNING agent.x: the broker is away\n"
+
+
+def test_a_thread_that_dies_is_one_line(tmp_path):
+    code = """
+import threading
+from agent import logs
+from agent.config import LogConfig
+logs.set_up(LogConfig(format="json"))
+threading.excepthook = logs.log_fault
+thread = threading.Thread(target=lambda: 1 / 0, name="ear")
+thread.start()
+thread.join()
+"""
+    said = json.loads(errors_of(code, tmp_path))
+    assert (said["level"], said["msg"]) == ("critical", "thread ear has ended by a fault of its own")
+    assert "ZeroDivisionError" in said["traceback"]
+
+
+def errors_of(code, folder):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in {"WHISPERLET_LOG", "JOURNAL_STREAM"}
+    }
+    with (folder / "errors").open("w") as log:
+        subprocess.run([sys.executable, "-c", code], stderr=log, env=environment, check=True)
+    return (folder / "errors").read_text()
