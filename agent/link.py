@@ -122,7 +122,8 @@ class Link:
             self._client.connect(self._broker.host, self._broker.port, self._config.keepalive_s)
         # An answer would wait for the acknowledgement of what was sent just before it, 40 ms.
         sock: Any = self._client.socket()
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock is not None:  # paho has hung up if the broker did at once
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def publish(self, envelope: Envelope) -> int:
         """Send an envelope; returns paho's id for it."""

@@ -136,6 +136,9 @@ class Outbox(Protocol):
     def discard(self, message_id: int) -> None:
         """Forget an envelope that can never be delivered."""
 
+    def put_back(self, message_id: int) -> None:
+        """Have an envelope in flight wait again, in its place."""
+
     def requeue(self) -> None:
         """Put everything that is in flight back in its place."""
 
@@ -152,6 +155,16 @@ class Request(msgspec.Struct, frozen=True):
     is_again: bool = False  # the broker may have sent it before
     response_topic: str | None = None  # MQTT 5: where the answer is to go ...
     correlation: bytes | None = None  # ... and with what
+
+
+class Remote(Protocol):
+    """Who answers what the broker sends; called from the publisher's thread."""
+
+    def greeting(self) -> list[Notice]:
+        """What a new connection begins with."""
+
+    def handle(self, request: Request) -> list[Notice]:
+        """What is to be published in answer."""
 
 
 class Notice(msgspec.Struct, frozen=True):

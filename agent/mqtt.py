@@ -6,6 +6,7 @@ with the connection, and what was in flight then goes back into the outbox: QoS 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import random
@@ -13,7 +14,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 from paho.mqtt.reasoncodes import ReasonCode
@@ -23,7 +23,7 @@ from whisperlet.errors import ConfigError
 from .broker import Broker
 from .config import MqttConfig
 from .link import CONNECT_TIMEOUT_S, Link, Waker
-from .messages import Envelope, Kind, Notice, Outbox, Request
+from .messages import Envelope, Kind, Notice, Outbox, Remote, Request
 from .patience import Patience
 from .payloads import Condition, InfoPayload, historical, status_payload, to_envelope
 
@@ -31,6 +31,7 @@ MAX_NOTICES = 64  # that wait to be sent; the oldest goes first
 MAX_PARTIALS = 8  # that wait to be sent; the oldest goes first
 RESOLVE_S = 60.0  # that the system may take to find the broker's address
 FAREWELL_S = 1.0  # to have `offline` acknowledged when the agent stops
+QUOTA_EXCEEDED = 0x97  # a reason to send less, or later; any other refusal is for good
 TURN_S = 1.0  # longest sleep while connected; keep-alive is looked at in between
 
 logger = logging.getLogger(__name__)
@@ -45,16 +46,6 @@ class PublisherCounts(msgspec.Struct, frozen=True):
     refused: int  # by the broker, with a reason code
     notices_dropped: int  # answers to commands
     errors: int  # of our own
-
-
-class Remote(Protocol):
-    """Who answers what the broker sends; called from the publisher's thread."""
-
-    def greeting(self) -> list[Notice]:
-        """What a new connection begins with."""
-
-    def handle(self, request: Request) -> list[Notice]:
-        """What is to be published in answer."""
 
 
 class Publisher:
@@ -75,6 +66,7 @@ class Publisher:
         remote: Remote | None = None,
         rng: Callable[[], float] = random.random,
         takeover_retry_s: float = 30.0,
+        quota_retry_s: float = 10.0,
     ) -> None:
         self._config = config
         self._broker = Broker.of(config)
@@ -90,6 +82,8 @@ class Publisher:
         self._partials: deque[Envelope] = deque(maxlen=MAX_PARTIALS)
         self._counts: Counter[str] = Counter()
         self._is_connected = False
+        self._quota_retry_s = quota_retry_s
+        self._held_until_s = -math.inf  # time.monotonic(); the broker takes nothing before
         self._reported_drops: dict[Kind, int] = {}
         self._waker = Waker()
         outbox.watch(self._waker.wake)
@@ -157,21 +151,23 @@ class Publisher:
 
     def _attempt(self) -> float:
         """Connect and serve until the connection ends; returns the wait before the next attempt in seconds."""
-        self._renew_login()
-        will = to_envelope(status_payload(self._info.session, "connection_lost"))
-        on_request = self._on_request if self._remote and self._config.commands else None
-        link = Link(self._broker, self._config, will, self._on_puback, on_request)
         try:
-            if self._open(link):
-                self._serve(link)
-                return self._patience.after(link, self._broker, is_stopping=self._stop.is_set())
+            self._renew_login()
+            with contextlib.closing(self._new_link()) as link:
+                if self._open(link):
+                    self._serve(link)
+                    return self._patience.after(link, self._broker, is_stopping=self._stop.is_set())
         except Exception:
             self._count("errors")
             logger.exception("publishing failed, connecting again")
         finally:
-            link.close()
             self._put_back()
         return self._patience.next_s()
+
+    def _new_link(self) -> Link:
+        will = to_envelope(status_payload(self._info.session, "connection_lost"))
+        on_request = self._on_request if self._remote and self._config.commands else None
+        return Link(self._broker, self._config, will, self._on_puback, on_request)
 
     def _renew_login(self) -> None:
         """Read password and certificates again: they are renewed while the agent runs."""
@@ -258,7 +254,10 @@ class Publisher:
         while self._notices and len(self._in_flight) < link.max_in_flight:
             notice = self._notices.popleft()
             self._in_flight[link.send(notice)] = None, notice.topic
-        for message_id, envelope in self._outbox.take(max(0, link.max_in_flight - len(self._in_flight))):
+        is_held = time.monotonic() < self._held_until_s
+        for message_id, envelope in self._outbox.take(
+            0 if is_held else max(0, link.max_in_flight - len(self._in_flight))
+        ):
             self._publish(link, historical(envelope) if envelope.historical else envelope, message_id)
 
     def _publish(self, link: Link, envelope: Envelope, message_id: int | None) -> int:
@@ -272,8 +271,15 @@ class Publisher:
         if reason.is_failure:
             self._count("refused")
             logger.warning("the MQTT broker refused a message to %s: %s", topic, reason)
-        if message_id is not None:
-            (self._outbox.discard if reason.is_failure else self._outbox.ack)(message_id)
+        if message_id is None:
+            return
+        if reason.value == QUOTA_EXCEEDED:
+            self._outbox.put_back(message_id)
+            self._held_until_s = time.monotonic() + self._quota_retry_s
+        elif reason.is_failure:
+            self._outbox.discard(message_id)
+        else:
+            self._outbox.ack(message_id)
 
     def _say_goodbye(self, link: Link) -> None:
         """Replace the will by our own word, then leave in good order."""

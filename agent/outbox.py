@@ -126,6 +126,11 @@ class MemoryOutbox:
         with self._lock:
             self._dropped[self._finish(message_id).kind] += 1
 
+    def put_back(self, message_id: int) -> None:
+        """Have an envelope in flight wait again, in its place."""
+        with self._lock:
+            self._put_back([self._in_flight[message_id]])
+
     def requeue(self) -> None:
         """Put everything that is in flight back to where it was taken from."""
         with self._lock:

@@ -2,7 +2,7 @@ import socket
 
 from agent.broker import Broker
 from agent.config import MqttConfig
-from agent.link import Link
+from agent.link import Link, Waker
 from agent.messages import Envelope, Kind
 from agent.patience import Backoff
 
@@ -34,3 +34,15 @@ def test_connect_goes_on_with_its_session_for_as_long_as_the_will_waits():
     assert packet[12:18] == b"\x0a\x11\0\0\0\x1e"  # properties, session expiry interval ...
     assert packet[18:23] == b"\x27\0\1\0\0"  # ... and how much we take at once
     assert b"\5\x18\0\0\0\x1e\0\x15whisperlet/dev/status" in packet  # will delay interval
+
+
+def test_a_broker_that_hangs_up_at_once_is_one_that_says_goodbye(monkeypatch):
+    """As one does that does not like our certificate; paho has let go of the socket by then."""
+    config = MqttConfig(url="mqtt://127.0.0.1:1", device="dev")
+    link, waker = Link(Broker.of(config), config, Envelope("status", b"{}", Kind.EVENT), print), Waker()
+    monkeypatch.setattr(link._client, "connect", lambda *_, **__: None)
+    link.connect()
+    link.turn(waker, 0)
+    assert link.goodbye is not None
+    link.close()
+    waker.close()

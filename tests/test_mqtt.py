@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import msgspec
 import pytest
 from brokers import Broker, Subscriber, TakeoverBroker, free_port, needs_mosquitto, wait_for
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.config import MqttConfig
 from agent.inventory import hardware, system
@@ -43,13 +45,22 @@ def numbers(bodies):
 class Agent(Publisher):
     """A publisher with its outbox and its events at hand."""
 
-    def __init__(self, port, *, takeover_retry_s=30.0, capacity=1000, rng=lambda: 0.0, remote=None, **config):
+    def __init__(
+        self, port, *, takeover_retry_s=30.0, quota_retry_s=10.0, capacity=1000, rng=lambda: 0.0, remote=None, **config
+    ):
         values = {"device": "dev", "reconnect_min_s": 0.1, "reconnect_max_s": 1.0, "will_delay_s": 0} | config
         self.outbox = MemoryOutbox(Limits(messages=capacity))
         self.events = []
         config = MqttConfig(**{"url": f"mqtt://127.0.0.1:{port}"} | values)
         super().__init__(
-            config, self.outbox, INFO, self._note, remote=remote, rng=rng, takeover_retry_s=takeover_retry_s
+            config,
+            self.outbox,
+            INFO,
+            self._note,
+            remote=remote,
+            rng=rng,
+            takeover_retry_s=takeover_retry_s,
+            quota_retry_s=quota_retry_s,
         )
 
     def _note(self, name, detail):
@@ -235,6 +246,31 @@ def test_a_message_that_is_refused_is_not_tried_for_ever(stopped_broker, tmp_pat
         assert agent.outbox.depth == 0
         assert agent.outbox.dropped() == {Kind.FINAL: 1}
         assert agent.is_connected
+
+
+@needs_mosquitto
+def test_what_the_broker_has_no_room_for_is_sent_again_later(broker, monkeypatch):
+    refusals = iter([0x97] * 3)
+    on_puback = Publisher._on_puback
+
+    def refuse_at_first(self, mid, reason):
+        is_final = (self._in_flight.get(mid) or (None,))[0] is not None
+        value = next(refusals, None) if is_final else None
+        on_puback(self, mid, reason if value is None else ReasonCode(PacketTypes.PUBACK, identifier=value))
+
+    monkeypatch.setattr(Publisher, "_on_puback", refuse_at_first)
+    with Subscriber(broker.port) as heard, running(broker.port, quota_retry_s=0.2) as agent:
+        agent.put(final(1))
+        wait_for(lambda: agent.outbox.sent() == {Kind.FINAL: 1})
+        assert (agent.counts().refused, agent.counts().connects, agent.outbox.dropped()) == (3, 1, {})
+        wait_for(lambda: heard.on("transcript/final"))
+
+
+def test_the_publisher_outlives_a_login_that_cannot_be_read_at_all(monkeypatch, caplog):
+    monkeypatch.setattr(Agent, "_renew_login", lambda self: (_ for _ in ()).throw(FileNotFoundError("client.pem")))
+    with running(free_port()) as agent:
+        wait_for(lambda: agent.counts().errors >= 2)
+    assert "publishing failed, connecting again" in caplog.text
 
 
 @needs_mosquitto

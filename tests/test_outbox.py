@@ -107,6 +107,16 @@ def test_discarded_messages_are_gone_and_counted(outbox_of):
     assert outbox.sent() == {}
 
 
+def test_a_message_that_is_put_back_waits_in_its_place(outbox_of):
+    outbox = outbox_of(10)
+    fill(outbox, "fff")
+    (first, _), (second, _) = outbox.take(2)
+    outbox.put_back(second)
+    outbox.put_back(first)
+    assert numbers(outbox.take(9)) == [0, 1, 2]
+    assert outbox.dropped() == {}
+
+
 def test_requeued_messages_come_first_and_in_order(outbox_of):
     outbox = outbox_of(10)
     fill(outbox, "ftft")
