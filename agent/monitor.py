@@ -15,6 +15,7 @@ from .power import power_source
 from .thermal import Governor, Reading, Thermometer
 
 log = logging.getLogger(__name__)
+STOP_S = 5.0  # for a look that is under way; a sensor that hangs must not keep the last words from being sent
 LOOK_S = 30.0  # that sensors and firmware may take, each asked several times
 LEVELS: dict[Thrift, tuple[Level, str]] = {
     Thrift.NORMAL: ("normal", "everything as configured"),
@@ -70,7 +71,7 @@ class Monitor:
         """Look no more."""
         self._stopping.set()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(STOP_S)
 
     def look(self) -> None:
         """Look once."""

@@ -56,7 +56,7 @@ class ReopeningMicrophone:
         self._beat = beat
         self._open_microphone = open_microphone
         self._closing = threading.Event()
-        self._swapping = threading.Lock()
+        self._swapping = threading.RLock()  # a signal's handler may come between, and close
         self._device: Device | None = None
         self._stillness = Stillness(config.silent_s)
         self._overflows = OverflowNews()

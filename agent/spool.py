@@ -267,6 +267,8 @@ def _envelope(values: tuple[Any, ...]) -> Envelope:
     if _crc(fields) != crc:
         raise SpoolDamaged(f"message {message_id} does not fit its checksum")
     kind, topic, qos, retain, _, payload = fields
+    if kind not in set(Kind):
+        raise SpoolDamaged(f"message {message_id} is of the unknown kind {kind!r}")
     return Envelope(topic, payload, Kind(kind), qos, retain=bool(retain))
 
 

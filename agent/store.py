@@ -80,7 +80,7 @@ class DurableOutbox(MemoryOutbox):
         """Open the file and begin to write. Raises ConfigError if another agent has the folder."""
         try:
             self._open()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, SpoolDamaged) as error:
             self._suffer(error)
         self._thread.start()
 

@@ -284,6 +284,20 @@ def events_of(devices, **config):
     return events, beats, source
 
 
+def test_a_signal_between_two_devices_may_close_it():
+    """The handler runs in the thread that it interrupts."""
+    microphone = ReopeningMicrophone(SourceConfig(), lambda *_: None, must_exist=False)
+
+    def interrupted():
+        with microphone._swapping:
+            microphone.close()
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("value", [0, -1, 32767])
 def test_an_open_microphone_without_life_is_opened_again_and_reported_once(value):
     devices = [playing([None] * 50 + [value] * 500), playing([value] * 500), playing([None])]

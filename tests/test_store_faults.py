@@ -11,7 +11,7 @@ from test_outbox import envelope, fill, numbers
 
 from agent import store as stores
 from agent.messages import Envelope, Kind
-from agent.spool import KEEP_ASIDE
+from agent.spool import KEEP_ASIDE, _crc
 from agent.store import FILE, TELEMETRY_BATCH
 
 
@@ -61,9 +61,26 @@ def no_table(path):
     database.close()
 
 
+def unknown_kind(path):
+    """As a later version may have written it."""
+    fields = ("gossip", "topic", 1, 0, 1.0, b"?")
+    with sqlite3.connect(path) as database:
+        update = "UPDATE messages SET kind = ?, topic = ?, qos = ?, retain = ?, born_s = ?, payload = ?, crc = ?"
+        database.execute(f"{update} WHERE id = 5", (*fields, _crc(fields)))
+    database.close()
+
+
 @pytest.mark.parametrize(
     ("harm", "n_saved"),
-    [(cut, None), (empty_head, 0), (noise, 0), (flip_a_payload, 60), (other_version, 61), (no_table, 0)],
+    [
+        (cut, None),
+        (empty_head, 0),
+        (noise, 0),
+        (flip_a_payload, 60),
+        (other_version, 61),
+        (no_table, 0),
+        (unknown_kind, 60),
+    ],
 )
 def test_a_damaged_file_is_set_aside_and_reported(boxes, harm, n_saved):
     outbox = boxes.started(delete_after_s=60)
