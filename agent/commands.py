@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from whisperlet.errors import ConfigError
 
+from . import term_list
 from .config import (
     Config,
     RecogniserConfig,
@@ -28,12 +29,11 @@ from .config import (
 
 MAX_BYTES = 16 * 1024  # of a payload
 SETTABLE = {
-    "recogniser": ("language", "partials", "hop_ms"),
+    "recogniser": ("language", "partials", "hop_ms", "terms"),
     "vad": tuple(VadConfig.__struct_fields__),
     "telemetry": ("interval_s",),
 }
 UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)  # ValueError: text that is not UTF-8
-TERMS = "recogniser.terms"  # known by name so that whoever asks learns why not
 
 
 class Refused(Exception):
@@ -44,13 +44,13 @@ class Refused(Exception):
         self.outcome = outcome
 
 
-def _settable(section: type[Section], *more: tuple[str, Any, Any]) -> type[msgspec.Struct]:
+def _settable(section: type[Section]) -> type[msgspec.Struct]:
     """The keys of a section that may be set, none of which need be there."""
     name = section.__name__.removesuffix("Config")
     types = {field.name: field.type for field in msgspec.structs.fields(section)}
     fields = [(key, types[key] | UnsetType, UNSET) for key in SETTABLE[name.lower()]]
     options = {"frozen": True, "kw_only": True, "forbid_unknown_fields": True}
-    return msgspec.defstruct(f"{name}Settings", [*fields, *more], **options)  # type: ignore[arg-type]
+    return msgspec.defstruct(f"{name}Settings", fields, **options)  # type: ignore[arg-type]
 
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     VadSettings: TypeAlias = Any
     TelemetrySettings: TypeAlias = Any
 else:
-    RecogniserSettings = _settable(RecogniserConfig, ("terms", list[str] | UnsetType, UNSET))
+    RecogniserSettings = _settable(RecogniserConfig)
     VadSettings = _settable(VadConfig)
     TelemetrySettings = _settable(TelemetryConfig)
 
@@ -206,8 +206,6 @@ def changed(now: Settings, wanted: Mapping[str, Any], languages: dict[str, int])
     """Settings with all that is wanted. Raises ConfigError that begins with the key."""
     document = msgspec.to_builtins(now)
     for key, value in wanted.items():
-        if key == TERMS:
-            raise ConfigError(f"{key}: is not supported: there is no dictionary")
         if key not in KEYS:
             raise ConfigError(f"{key[:64]}: unknown key, or one that takes a restart")
         section, _, name = key.rpartition(".")
@@ -218,6 +216,8 @@ def changed(now: Settings, wanted: Mapping[str, Any], languages: dict[str, int])
         raise ConfigError(key_and_reason(str(error))) from None
     if "recogniser.language" in wanted:
         checked_language(settings.recogniser.language, languages)
+    if "recogniser.terms" in wanted:
+        term_list.checked(settings.recogniser.terms, "recogniser.terms")
     if reason := contradiction(settings.vad):
         raise ConfigError(reason)
     return settings

@@ -13,6 +13,8 @@ import msgspec
 
 from whisperlet.errors import ConfigError
 
+from . import term_list
+
 Positive = msgspec.Meta(gt=0)
 NO_LOGIN = "wants HOST[:PORT]; a login goes into mqtt.username and mqtt.password_file"
 
@@ -61,6 +63,8 @@ class RecogniserConfig(Section, frozen=True):
     silence_frames: Annotated[int, msgspec.Meta(ge=0, le=1000)] | None = None  # None: as measured for the language
     no_speech_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6
     logprob_threshold: Annotated[float, msgspec.Meta(le=0)] = -1.0
+    terms_file: str | None = None  # of words and phrases to prefer, one a line; read into `terms` at the start
+    terms: list[str] = []  # "term", or "term<tab>boost"
     reply_timeout_s: Annotated[float, msgspec.Meta(ge=1, le=600)] = 20.0  # then the engine is restarted
     max_backlog_s: Annotated[float, msgspec.Meta(ge=30, le=3600)] = 120.0  # speech kept for an engine that is behind
 
@@ -161,7 +165,19 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
         config = msgspec.convert(tables, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{origin}: {key_and_reason(str(error))}") from None
-    return _checked(config, origin)
+    return _with_terms(_checked(config, origin), origin)
+
+
+def _with_terms(config: Config, origin: str) -> Config:
+    """The same with the terms of the file that it names."""
+    recogniser = config.recogniser
+    if recogniser.terms_file is None:
+        term_list.checked(recogniser.terms, f"{origin}: recogniser.terms")
+        return config
+    if recogniser.terms:
+        raise ConfigError(f"{origin}: recogniser.terms: cannot be set beside recogniser.terms_file")
+    terms = term_list.read(Path(recogniser.terms_file))
+    return msgspec.structs.replace(config, recogniser=msgspec.structs.replace(recogniser, terms=terms))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from whisperlet.audio import Float32
 from whisperlet.bundle import Vocabulary
 
 from .state import Looks
+from .terms import Terms
 
 MAX_PERIOD = 64  # tokens, a long sentence; a loop that is longer than this ends at the token limit
 MIN_REPEATED = 12  # tokens that a loop must fill ...
@@ -51,6 +52,23 @@ def suppress(logits: Float32, vocabulary: Vocabulary, *, first: bool) -> Float32
     if first:
         logits[0, vocabulary.suppress_begin] = -np.inf
     return logits
+
+
+def preferred(
+    rows: Float32, said: Sequence[int], proposal: Sequence[int], vocabulary: Vocabulary, terms: Terms | None
+) -> list[int]:
+    """What to say after `said` and each more of the proposal, right up to the first that differs from it.
+
+    shape of `rows` = (1 + len(proposal), n_vocab). The end of the text is never put off for a term.
+    """
+    picks = [int(token) for token in rows.argmax(-1)]
+    for i, plain in enumerate(picks if terms else []):
+        assert terms
+        if plain != vocabulary.eot:
+            picks[i] = terms.pick(rows[i], plain, [*said, *proposal[:i]])
+        if picks[i : i + 1] != list(proposal[i : i + 1]):
+            break
+    return picks
 
 
 def log_softmax_at(logits: Float32, tokens: Sequence[int]) -> list[float]:
@@ -95,12 +113,20 @@ def agreed(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def greedy(
-    decoder: Decoder, vocabulary: Vocabulary, prompt: Sequence[int], draft: Sequence[int], *, limit: int, block: int
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    prompt: Sequence[int],
+    draft: Sequence[int],
+    *,
+    limit: int,
+    block: int,
+    terms: Terms | None = None,
 ) -> Hypothesis:
     """Greedy transcript, token for token what going one by one gives, with a draft verified on the way.
 
     Each pass takes the tokens that are known but not yet in the state, then up to `block` in all of the draft. What
     the model would have said itself is kept, up to the first difference; the rest of the draft is dropped there.
+    Terms are preferred; probabilities are what they are without them.
     """
     tokens: list[int] = []
     logprobs: list[float] = []
@@ -112,7 +138,7 @@ def greedy(
         if not tokens:
             no_speech_prob = probability_at(logits[0], vocabulary.no_speech)
         rows = suppress(logits[len(known) - 1 :], vocabulary, first=not tokens)
-        picks = [int(token) for token in rows.argmax(-1)]
+        picks = preferred(rows, tokens, proposal, vocabulary, terms)
         n = agreed(picks, proposal)
         decoder.position -= len(proposal) - n
         said, rest = picks[: n + 1], draft[n:]
@@ -169,6 +195,7 @@ def follow(
     edge: int,
     limit: int,
     block: int,
+    terms: Terms | None = None,
 ) -> Draft:
     """Go on from what was heard before, without decoding any of it again.
 
@@ -191,7 +218,7 @@ def follow(
         began, logits = decoder.position, decoder.decode([*known, *proposal])
         heard.opens(began, logits, vocabulary)
         rows = suppress(logits[len(known) - 1 :], vocabulary, first=not heard.tokens)
-        picks = [int(token) for token in rows.argmax(-1)]
+        picks = preferred(rows, heard.tokens, proposal, vocabulary, terms)
         n = agreed(picks, proposal)
         n_agreed = n if n_agreed is None else n_agreed
         decoder.position -= len(proposal) - n

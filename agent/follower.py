@@ -12,6 +12,7 @@ from . import decoding
 from .decoding import Draft
 from .engine import Engine
 from .state import Looks
+from .terms import Terms
 
 MEL_PER_FRAME = 2  # the second convolution has stride 2
 CONTEXT_BEFORE, CONTEXT_AFTER = 2, 1  # mel frames around an encoder frame's own two that the convolutions see
@@ -95,7 +96,7 @@ class Follower:
             self._decoder.position = 0
             self._is_displaced = False
 
-    def hear(self, prompt: Sequence[int], limit: int) -> Draft:
+    def hear(self, prompt: Sequence[int], limit: int, terms: Terms | None = None) -> Draft:
         """What is said up to the last frame that was encoded; `attend` comes first."""
         self.draft = decoding.follow(
             self._decoder,
@@ -106,6 +107,7 @@ class Follower:
             edge=self.n_heard - EDGE,
             limit=limit,
             block=max(self._manifest.decode_tokens),
+            terms=terms,
         )
         return self.draft
 

@@ -5,6 +5,7 @@ Knows nothing of processes, microphones or brokers: the agent, `transcribe`, the
 
 from __future__ import annotations
 
+import copy
 import time
 
 import msgspec
@@ -16,12 +17,13 @@ from whisperlet.errors import ConfigError
 from whisperlet.logmel import MAX_SAMPLES, LogMel
 from whisperlet.tokenizer import Tokenizer
 
-from . import decoding, rejection
+from . import decoding, rejection, term_list
 from .config import RecogniserConfig, checked_language
 from .decoding import Hypothesis
 from .engine import Engine
 from .follower import Bound, Follower
 from .messages import SpeechChunk, Transcript
+from .terms import Terms
 
 TOKENS_PER_SECOND = 25  # no language that Whisper spells byte by byte is spoken faster
 MIN_TOKENS = 16
@@ -64,6 +66,8 @@ class Transcriber:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: RecogniserConfig) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.manifest = engine.manifest
+        self._terms: Terms | None = None
+        self._listed: list[str] = []
         self.retune(config)
         self._adopt()
         self._decoder = Bound(engine)
@@ -78,6 +82,13 @@ class Transcriber:
         """Raises ConfigError if the model does not have the language."""
         self.config = self._next_config
         self.language = checked_language(self.config.language, self.manifest.vocabulary.languages)
+        if self.config.terms != self._listed:
+            self._listed, self._terms = self.config.terms, self._dictionary(self.config.terms)
+
+    def _dictionary(self, listed: list[str]) -> Terms | None:
+        """Of the listed terms; None if there are none. What turns text into tokens is let go of afterwards: 20 MB."""
+        encode = copy.copy(self.tokenizer).encode
+        return Terms(term_list.checked(listed, "recogniser.terms"), encode) if listed else None
 
     def _stream_spec(self) -> StreamSpec:
         """The configured way of streaming. Raises ConfigError if the bundle does not have it."""
@@ -144,7 +155,7 @@ class Transcriber:
                 return None
             language = segment.language = self._detect()
         end = follower.n_heard * SAMPLES_PER_FRAME
-        draft = follower.hear(self.tokenizer.prompt(language), self._token_limit(end))
+        draft = follower.hear(self.tokenizer.prompt(language), self._token_limit(end), self._terms)
         segment.draft = draft.tokens
         decoded = time.perf_counter()
         heard = Heard(draft.hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded), len(draft.stable))
@@ -214,6 +225,7 @@ class Transcriber:
             draft=draft,
             limit=self._token_limit(end),
             block=max(self.manifest.decode_tokens),
+            terms=self._terms,
         )
 
     def _window(self, end: int, language: str | None) -> int:

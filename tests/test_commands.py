@@ -119,7 +119,7 @@ def test_invalid_in_one_sentence(device, name, payload, reason):
     ("payload", "reason"),
     [
         ({"recogniser": {"language": "xx"}}, "recogniser.language: the bundle does not have 'xx'; it has en, de"),
-        ({"recogniser": {"terms": ["Rhabarber"]}}, "recogniser.terms: is not supported"),
+        ({"recogniser": {"terms": ["Rhabarber\t90"]}}, "recogniser.terms: item 1: the boost 90 is not above 0"),
         ({"vad": {"max_segment_s": 5, "cut_window_s": 5}}, "vad.cut_window_s: must be less than"),
     ],
 )

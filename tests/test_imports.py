@@ -24,7 +24,8 @@ ALLOWED = {
     "__main__": ANYTHING,
     "pipeline": ANYTHING,
     "messages": set(),
-    "config": set(),
+    "config": {"term_list"},
+    "term_list": set(),
     # audio
     "sources": {"audio_files", "reopening", "ring"},
     "audio_files": {"resampling"},
@@ -37,10 +38,11 @@ ALLOWED = {
     # recognition
     "state": set(),
     "engine": {"state"},
-    "decoding": {"state"},
+    "terms": {"term_list"},
+    "decoding": {"state", "terms"},
     "rejection": {"decoding"},
-    "follower": {"decoding", "engine", "state"},
-    "transcriber": {"decoding", "engine", "follower", "rejection"},
+    "follower": {"decoding", "engine", "state", "terms"},
+    "transcriber": {"decoding", "engine", "follower", "rejection", "term_list", "terms"},
     "pace": set(),
     "worker": {"engine", "pace", "protocol", "quiet", "transcriber"},
     "supervisor": {"engine_process", "pace", "protocol"},
@@ -62,7 +64,7 @@ ALLOWED = {
     "patience": {"broker", "link"},
     "mqtt": {"broker", "link", "patience", "payloads"},
     # what operators ask for
-    "commands": set(),
+    "commands": {"term_list"},
     "replies": {"payloads"},
     "dispatch": {"clock", "commands", "replies"},
     "controls": {"commands", "switches"},
