@@ -16,8 +16,8 @@ from whisperlet.audio import Float32
 
 from .term_list import Term
 
-BOOST = 2.0  # of a logit, where a term names none
-FIRST_SHARE = 0.5  # of the boost, for a token that only begins a term
+BOOST = 2.5  # of a logit, where a term names none
+FIRST_SHARE = 0.6  # of the boost, for a token that only begins a term
 
 
 class Node(msgspec.Struct):
