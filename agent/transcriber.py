@@ -86,7 +86,7 @@ class Transcriber:
             self._listed, self._terms = self.config.terms, self._dictionary(self.config.terms)
 
     def _dictionary(self, listed: list[str]) -> Terms | None:
-        """Of the listed terms; None if there are none. What turns text into tokens is let go of afterwards: 20 MB."""
+        """Of the listed terms; None if there are none. What turns text into tokens is let go of afterwards: 40 MB."""
         encode = copy.copy(self.tokenizer).encode
         return Terms(term_list.checked(listed, "recogniser.terms"), encode) if listed else None
 
