@@ -22,6 +22,7 @@ from .config import RecogniserConfig, checked_language
 from .decoding import Hypothesis
 from .engine import Engine
 from .follower import Bound, Follower
+from .memory import give_back_memory
 from .messages import SpeechChunk, Transcript
 from .terms import Terms
 
@@ -87,8 +88,11 @@ class Transcriber:
 
     def _dictionary(self, listed: list[str]) -> Terms | None:
         """Of the listed terms; None if there are none. What turns text into tokens is let go of afterwards: 40 MB."""
-        encode = copy.copy(self.tokenizer).encode
-        return Terms(term_list.checked(listed, "recogniser.terms"), encode) if listed else None
+        if not listed:
+            return None
+        made = Terms(term_list.checked(listed, "recogniser.terms"), copy.copy(self.tokenizer).encode)
+        give_back_memory()
+        return made
 
     def _stream_spec(self) -> StreamSpec:
         """The configured way of streaming. Raises ConfigError if the bundle does not have it."""

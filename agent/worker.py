@@ -6,8 +6,6 @@ stall the audio callback. It ends when the ear does: the connection closes.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -25,6 +23,7 @@ from whisperlet.errors import WhisperletError
 from . import transcriber
 from .config import RecogniserConfig
 from .engine import load_engine
+from .memory import give_back_memory
 from .messages import SpeechChunk, Thrift, Transcript
 from .pace import FINALS_ONLY, Pace
 from .protocol import Batch, Failed, Heard, Ready, Start, receive_request, send
@@ -46,12 +45,6 @@ def load(start: Start, bundle: Bundle) -> transcriber.Transcriber:
     ready.feed(transcriber.whole(np.zeros(1600, np.int16)))
     ready.finish()
     return ready
-
-
-def _give_back_memory() -> None:
-    """Return to the system what loading freed: with glibc it would stay ours, 30 MB."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Listener:
@@ -172,7 +165,7 @@ def serve(connection: Connection) -> None:
     try:
         with quiet_stderr():
             ready = load(start, open_bundle(Path(start.bundle)))
-        _give_back_memory()
+        give_back_memory()
     except WhisperletError as error:
         send(connection, Failed(str(error)))
         return
