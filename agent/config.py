@@ -253,3 +253,8 @@ def default_state_dir() -> Path:
     if given := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]:
         return Path(given)
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "whisperlet"
+
+
+def outbox_dir(config: OutboxConfig) -> Path:
+    """Where messages, and the switches that outlive the agent, are kept."""
+    return Path(config.dir) if config.dir else default_state_dir()

@@ -17,6 +17,7 @@ class Levers:
     """What the stages let themselves be told, from any thread."""
 
     switch: Callable[[Positions], None]
+    keep: Callable[[Positions], None]  # over a restart; raises OSError
     tune_gate: Callable[[VadConfig], None]
     tune_engine: Callable[[RecogniserConfig], None]
     show_muted: Callable[[bool], None]
@@ -37,7 +38,7 @@ class Controls:
         """Have other settings hold."""
         before, self.settings = self.settings, wanted
         if (wanted.muted, wanted.transcribing) != (before.muted, before.transcribing):
-            self._levers.switch(Positions(wanted.muted, wanted.transcribing))
+            self._switch(Positions(wanted.muted, wanted.transcribing))
         if wanted.muted != before.muted:
             self._levers.show_muted(wanted.muted)
             self._levers.report("muted" if wanted.muted else "unmuted", "no audio is heard" if wanted.muted else "")
@@ -47,6 +48,13 @@ class Controls:
             self._levers.tune_engine(wanted.recogniser)
         if wanted.vad != before.vad:
             self._levers.tune_gate(wanted.vad)
+
+    def _switch(self, positions: Positions) -> None:
+        self._levers.switch(positions)
+        try:
+            self._levers.keep(positions)
+        except OSError as error:
+            self._levers.report("switches_not_kept", f"{error}; they hold until the agent starts anew")
 
     def restart(self, what: str) -> None:
         """Start the engine anew, or end the agent so that whoever started it does it again."""

@@ -77,6 +77,10 @@ class Dispatcher:
         self._desired: dict[str, Any] = {}  # what of it holds
         self._refused: dict[str, str] = {}
 
+    def resume(self, muted: bool, transcribing: bool) -> None:
+        """Have the switches stand as they did before the agent was started anew."""
+        self._take(msgspec.structs.replace(self.settings, muted=muted, transcribing=transcribing))
+
     def greeting(self) -> list[Notice]:
         """What a new connection begins with."""
         return [self._reported(), *self._greetings]

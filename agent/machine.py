@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from .config import Config, default_cache_dir, default_state_dir
+from .config import Config, default_cache_dir, outbox_dir
 from .findings import Finding, fail, ok, warn
 from .sysfs import Firmware, text, vcgencmd
 from .thermal import Thermometer
@@ -135,9 +135,9 @@ def kernel_clock() -> int | None:
 
 def folders(config: Config) -> dict[str, Path]:
     """Where the agent writes, by what."""
-    weights, outbox = config.recogniser.weight_cache_dir, config.outbox.dir
+    weights = config.recogniser.weight_cache_dir
     return {
-        "outbox": Path(outbox) if outbox else default_state_dir(),
+        "outbox": outbox_dir(config.outbox),
         "weight cache": Path(weights) if weights else default_cache_dir(),
     }
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-from .config import OutboxConfig, default_state_dir
+from .config import OutboxConfig, outbox_dir
 from .outbox import Limits, MemoryOutbox
 from .store import DurableOutbox
 
@@ -22,4 +21,4 @@ def new_outbox(
     )
     if not config.durable:
         return MemoryOutbox(limits)
-    return DurableOutbox(Path(config.dir) if config.dir else default_state_dir(), limits, on_event, beat=beat)
+    return DurableOutbox(outbox_dir(config), limits, on_event, beat=beat)

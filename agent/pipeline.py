@@ -34,18 +34,12 @@ from .energy import Activity
 from .hearing import listen
 from .home_assistant import discovery
 from .identity import introduction, named
+from .kept import KeptSwitches
 from .messages import AudioChunk, Thrift, Transcript
 from .monitor import make_monitor
 from .mqtt import Publisher
 from .outboxes import new_outbox
-from .payloads import (
-    Payload,
-    event_payload,
-    final_payload,
-    new_session,
-    partial_payload,
-    to_envelope,
-)
+from .payloads import Payload, event_payload, final_payload, new_session, partial_payload, to_envelope
 from .sources import Source
 from .supervisor import Supervisor
 from .switches import SwitchedGate
@@ -86,6 +80,7 @@ class Pipeline:
         )
         self.telemetry = Telemetry(self.session, energy=self.monitor.energy, heat=self.monitor.heat)
         self.info = introduction(self.session, config, bundle)
+        self.kept = KeptSwitches.of(config)
         self.controls = Controls(Settings.of(config), self._levers())
         self.dispatcher = self._make_dispatcher(bundle.manifest.vocabulary.languages)
         self.publisher = Publisher(
@@ -111,6 +106,7 @@ class Pipeline:
         self._is_realtime = realtime
         logging.getLogger().addHandler(self._log)
         self.outbox.start()
+        self.dispatcher.resume(*msgspec.structs.astuple(self.kept.read()))
         self.publisher.start()
         try:
             log.info("engine ready in %.1f s", self.supervisor.start())
@@ -270,6 +266,7 @@ class Pipeline:
     def _levers(self) -> Levers:
         return Levers(
             switch=self.switched.switch,
+            keep=self.kept.keep,
             tune_gate=self.switched.retune,
             tune_engine=self.supervisor.retune,
             show_muted=partial(setattr, self.vitals, "is_muted"),
@@ -280,7 +277,7 @@ class Pipeline:
 
     def _make_dispatcher(self, languages: dict[str, int]) -> Dispatcher:
         mqtt = self.config.mqtt
-        topic, device = Broker.of(mqtt).topic, Broker.of(mqtt).device
+        topic, device = (broker := Broker.of(mqtt)).topic, broker.device
         greetings = [discovery(self.info, topic, device, mqtt)] if mqtt.home_assistant else []
         actions = Actions(self.controls.apply, self.controls.restart, self._diagnose)
         return Dispatcher(topic, self.session, self.controls.settings, languages, actions, greetings)

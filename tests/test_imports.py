@@ -70,6 +70,7 @@ ALLOWED = {
     "dispatch": {"clock", "commands", "replies"},
     "controls": {"commands", "switches"},
     "switches": {"vad"},
+    "kept": {"switches"},
     "hearing": {"sources", "vad"},
     "home_assistant": {"payloads"},
     "diagnostics": {"commands", "payloads"},

@@ -1,6 +1,7 @@
 """Commands over a real Mosquitto, to the publisher's own code and to a whole agent with a stub of an engine."""
 # ruff: noqa: F811 - fixtures of another module
 
+import contextlib
 import json
 import logging
 import statistics
@@ -21,6 +22,7 @@ from agent.messages import Kind
 
 pytestmark = needs_mosquitto
 VERSIONS = ["5", "3.1.1"]
+SECOND = TelemetryConfig(interval_s=1.0)  # the shortest that may be set
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_a_subscription_that_is_refused_is_said(caplog):
 @pytest.fixture
 def told(make, broker):
     """A whole agent that hears somebody talk, the operator, and all that is published."""
-    pipeline = make(telemetry=TelemetryConfig(interval_s=1.0))
+    pipeline = make(telemetry=SECOND)
     with Subscriber(broker.port) as heard, Operator(broker.port) as operator:
         thread, raised = started(pipeline)
         wait_for(lambda: heard.on("transcript/partial"), 30)
@@ -197,3 +199,33 @@ def test_diagnostics_tell_much_but_neither_words_nor_secrets(told, caplog):
     assert any("a sentence" in line for line in found["log"])
     texts = {body["text"] for body in heard.on("transcript/partial")}
     assert not any(text in json.dumps(found["log"]) for text in [*texts, "what was said"])
+
+
+def test_who_was_muted_stays_so_when_it_starts_anew(make, broker):
+    with Subscriber(broker.port) as heard, Operator(broker.port) as operator:
+        first = make(telemetry=SECOND)
+        with at_work(first):
+            wait_for(lambda: heard.on("transcript/partial"), 30)
+            assert operator.ask(DEVICE, "mute")["outcome"] == "ok"
+        second = make(telemetry=SECOND)
+        with at_work(second):
+            wait_for(lambda: second._anchor[0] > 3 * 16_000, 30)  # of the same talk
+            status = [body for body in heard.on("status") if body["session"] == second.session]
+            assert all(body["condition"]["muted"] for body in status)
+            assert not any(body["session"] == second.session for body in heard.on("transcript/partial"))
+            assert operator.ask(DEVICE, "unmute")["outcome"] == "ok"
+            wait_for(lambda: any(body["session"] == second.session for body in heard.on("transcript/partial")), 30)
+        third = make(telemetry=SECOND)
+        with at_work(third):
+            wait_for(lambda: any(body["session"] == third.session for body in heard.on("transcript/partial")), 30)
+
+
+@contextlib.contextmanager
+def at_work(pipeline):
+    thread, raised = started(pipeline)
+    try:
+        yield
+    finally:
+        pipeline.stop()
+        thread.join(STOP_S)
+    assert raised == []
