@@ -40,6 +40,13 @@ def test_configuration_is_valid_and_says_only_what_differs(board):
     assert config.recogniser.weight_cache_dir == "/run/whisperlet"  # RuntimeDirectory= of the unit
 
 
+@pytest.mark.parametrize("board", [board for board in BOARDS if board.startswith("raspberry-pi")])
+def test_the_service_may_ask_the_firmware(board):
+    """`vcgencmd` opens /dev/vcio, which is the group video's: without, nothing tells of throttling or a weak supply."""
+    lines = (FOLDER / board / "service.conf").read_text().splitlines()
+    assert {"SupplementaryGroups=video", "DeviceAllow=/dev/vcio rw"} <= set(lines)
+
+
 ALSA = """
 import ctypes, sys
 alsa = ctypes.CDLL(sys.argv[1])
