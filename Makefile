@@ -27,6 +27,11 @@ DEVICE_FILES := \
 	firmware_config/journald.conf:usr/lib/systemd/journald.conf.d/50-whisperlet.conf \
 	firmware_config/agent.toml:usr/share/doc/whisperlet/agent.toml \
 	docs/device.md:usr/share/doc/whisperlet/device.md \
+	docs/operations.md:usr/share/doc/whisperlet/operations.md \
+	docs/outbox.md:usr/share/doc/whisperlet/outbox.md \
+	docs/telemetry.md:usr/share/doc/whisperlet/telemetry.md \
+	docs/terms.md:usr/share/doc/whisperlet/terms.md \
+	docs/threat-model.md:usr/share/doc/whisperlet/threat-model.md \
 	$(BOARD_FILES)/agent.toml:usr/share/whisperlet/agent.toml \
 	$(BOARD_FILES)/asound.conf:etc/alsa/conf.d/60-whisperlet.conf \
 	$(BOARD_FILES)/config.txt:usr/share/whisperlet/config.txt \
