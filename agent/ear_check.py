@@ -14,14 +14,13 @@ from whisperlet.errors import AudioDeviceLost, AudioError
 from .config import SourceConfig
 from .findings import Finding, fail, ok, warn
 from .messages import AudioChunk
-from .microphone import Microphone
+from .microphone import RATE_TOLERANCE, Microphone
 from .ring import SourceCounters
 
 FULL_SCALE = 32_767
 QUIET_DBFS, LOUD_DBFS = -75.0, -20.0  # of a room in which nobody shouts
 CLIPPED_SHARE = 1e-4
 OFFSET_SHARE = 0.05  # of full scale
-RATE_TOLERANCE = 0.05
 WARM_UP_S = 0.5  # a device may begin with a click, and with what it had stored
 
 

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from .config import Config
+from .sysfs import text
 
 APPLICATION = b"whisperlet"  # the machine's id itself is confidential, machine-id(5)
 MODELS = (  # of the board or the box; the first that is there
@@ -90,22 +91,22 @@ def _installed(distribution: str) -> str | None:
 
 def machine_id(root: Path = Path("/")) -> str | None:
     """An id that survives another network card and another host name, and does not give /etc/machine-id away."""
-    secret = _text(root / "etc/machine-id")
+    secret = text(root / "etc/machine-id")
     return hmac.new(secret.encode(), APPLICATION, hashlib.sha256).hexdigest()[:32] if len(secret) == 32 else None
 
 
 def model(root: Path = Path("/")) -> str | None:
     """Name of the board; on a PC with its maker's."""
-    board, box = (_text(root / path) for path in MODELS)
+    board, box = (text(root / path) for path in MODELS)
     if board:
         return board
-    vendor = _text(root / VENDOR)
+    vendor = text(root / VENDOR)
     return " ".join(name for name in (vendor, box) if name.lower() not in NO_NAMES) or None
 
 
 def memory_bytes(root: Path = Path("/")) -> int | None:
     """Memory that the system manages."""
-    for line in _text(root / "proc/meminfo").splitlines():
+    for line in text(root / "proc/meminfo").splitlines():
         name, _, size = line.partition(":")
         if name == "MemTotal":
             return int(size.split()[0]) * 1024
@@ -115,10 +116,3 @@ def memory_bytes(root: Path = Path("/")) -> int | None:
 def config_sha256(config: Config) -> str:
     """Equal for equal configurations, whatever their files look like. There is no secret in a configuration."""
     return hashlib.sha256(msgspec.json.encode(config, order="sorted")).hexdigest()
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
-    except OSError:
-        return ""

@@ -14,9 +14,9 @@ Firmware = Callable[[str], str]  # a command, such as "get_throttled" -> what it
 
 
 def text(path: Path) -> str:
-    """Contents without the white space around them; "" if the file cannot be read."""
+    """Contents without the white space around them, or the zero at their end; "" if the file cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip().strip("\0")
     except OSError:  # not there, for root only, or the sensor does not answer
         return ""
 

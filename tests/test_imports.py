@@ -52,7 +52,7 @@ ALLOWED = {
     "memory": set(),
     # publishing
     "clock": set(),
-    "inventory": set(),
+    "inventory": {"sysfs"},
     "payloads": {"clock", "inventory", "measurements"},
     "identity": {"clock", "inventory", "payloads"},
     "outbox": set(),
