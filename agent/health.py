@@ -21,6 +21,7 @@ class Notifier:
         if self._address.startswith("@"):  # abstract namespace
             self._address = "\0" + self._address[1:]
         watchdog_us = environment.get("WATCHDOG_USEC", "")
+        self._is_deaf = False  # systemd, so far as we know
         self.watchdog_s = int(watchdog_us) / 1e6 if watchdog_us.isdecimal() else None  # systemd kills us after this
 
     def ready(self) -> None:
@@ -46,8 +47,12 @@ class Notifier:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as client:
                 client.setblocking(False)
                 client.sendto(message.encode(), self._address)
+            self._is_deaf = False
         except OSError as error:
-            logger.warning("systemd was not told %s: %s", message, error)
+            logger.log(
+                logging.DEBUG if self._is_deaf else logging.WARNING, "systemd was not told %s: %s", message, error
+            )
+            self._is_deaf = True
 
 
 class Heartbeat:
