@@ -16,7 +16,9 @@ import os, sys
 log = os.open(os.environ["OPENED"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 def note(event, arguments):
-    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    if event != "open" or isinstance(arguments[0], int):  # a descriptor was opened, and noted, by its path before
+        return
+    if isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
         os.write(log, os.fsencode(str(arguments[0])) + b"\\n")
 
 sys.addaudithook(note)
