@@ -208,7 +208,7 @@ def follow(
     known = [*prompt, *draft.stable]
     decoder.position = min(decoder.position, len(known) - 1)
     known, proposal = known[decoder.position :], draft.unstable[:block]
-    heard = Heard(list(draft.stable), [], draft.logprobs[: len(draft.stable)], draft.no_speech_prob)
+    heard = Found(list(draft.stable), [], draft.logprobs[: len(draft.stable)], draft.no_speech_prob)
     if len(known) + len(proposal) > block and len(known) > 1:  # others used the decoder: it has to read all again
         heard.opens(decoder.position, decoder.decode(known[:-1]), vocabulary)
         known = known[-1:]
@@ -235,7 +235,7 @@ def follow(
         known, proposal = [picks[n]], []
 
 
-class Heard(msgspec.Struct):
+class Found(msgspec.Struct):
     """What one call of `follow` has heard so far. Mutable."""
 
     tokens: list[int]  # with the stable ones from before
@@ -255,7 +255,7 @@ class Heard(msgspec.Struct):
             self.no_speech_prob = probability_at(logits[0], vocabulary.no_speech)
 
 
-def _parted(heard: Heard, draft: Draft, n_agreed: int, frontier: int) -> Draft:
+def _parted(heard: Found, draft: Draft, n_agreed: int, frontier: int) -> Draft:
     """Tell stable from unstable tokens, and leave out the further rounds of a loop."""
     tokens, looks, before = heard.tokens, heard.looks, len(draft.stable)
     n_stable = 0

@@ -88,7 +88,7 @@ def distil(
     settings = msgspec.structs.replace(
         settings,
         steps=steps or settings.steps,
-        learning_rate=rate or settings.learning_rate,
+        learning_rate=settings.learning_rate if rate is None else rate,
         whole_weight=float(whole),
     )
     sources = [Source.parse(text) for text in audio]

@@ -5,14 +5,14 @@ import socket
 import time
 
 import msgspec
-from brokers import wait_for
+from brokers import Connected, wait_for
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 
-class Operator:
+class Operator(Connected):
     """Asks one device at a time; answers go to a topic of its own (MQTT 5) or to the command's (3.1.1)."""
 
     def __init__(self, port, version="5"):
@@ -62,11 +62,3 @@ class Operator:
         for name, value in values.items():
             setattr(properties, name, value)
         return properties
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._client.disconnect()
-        self._client.loop_stop()
-        self._client._reset_sockets()

@@ -102,7 +102,19 @@ class TakeoverBroker:
         self._server.close()
 
 
-class Subscriber:
+class Connected:
+    """Has a client with a thread of its own, until the end of a `with`."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._client.disconnect()
+        self._client.loop_stop()
+        self._client._reset_sockets()
+
+
+class Subscriber(Connected):
     """Everything below whisperlet/, in the order of arrival."""
 
     def __init__(self, port):
@@ -124,11 +136,3 @@ class Subscriber:
     def on(self, topic):
         """Payloads that came on a topic below the device's."""
         return [body for name, body, *_ in list(self.messages) if name.split("/", 2)[2] == topic]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._client.disconnect()
-        self._client.loop_stop()
-        self._client._reset_sockets()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import toy
+from brokers import Broker
 from outboxes import Boxes
 
 from agent.engine import InterpreterEngine, LiteRtEngine
@@ -89,3 +90,12 @@ def speech_dir():
 @pytest.fixture(scope="session")
 def clips():
     return sorted((toy.REPOSITORY / "demo" / "speech").glob("*.flac"))
+
+
+@pytest.fixture
+def broker(tmp_path):
+    """A Mosquitto that runs."""
+    broker = Broker(tmp_path)
+    broker.start()
+    yield broker
+    broker.kill()

@@ -28,22 +28,12 @@ PROMPT = [toy.SOT, toy.EN, toy.TRANSCRIBE, toy.NO_TIMESTAMPS]
 N_VOCAB = toy.DIMS.n_vocab
 
 
-class MadeUpDecoder:
+class MadeUpDecoder(toy.TokenState):
     """Logits are a function of all tokens so far; `answer`, if given, is what it wants to say."""
 
     def __init__(self, seed=0, answer=None, n_words=250):
+        super().__init__()
         self.seed, self.answer, self.n_words = seed, answer, n_words
-        self.tokens = []
-        self.passes = []
-
-    @property
-    def position(self):
-        return len(self.tokens)
-
-    @position.setter
-    def position(self, value):
-        assert 0 <= value <= len(self.tokens)
-        del self.tokens[value:]
 
     def decode(self, tokens):
         self.passes.append(len(tokens))

@@ -15,26 +15,18 @@ FAR = 1400  # frames
 END = 10_000  # no token looks as far
 
 
-class Talker:
+class Talker(toy.TokenState):
     """Says `answer`: tokens, or tuples of a token, the frame that it looks at and the share beyond the audio."""
 
     def __init__(self, *answer, height=30.0):
-        self.tokens, self.passes, self.height = [], [], height
+        super().__init__()
+        self.height = height
         self.says(*answer)
 
     def says(self, *answer):
         full = [x if isinstance(x, tuple) else (x, 10 * i) for i, x in enumerate(answer)]
         self.answer = [(*x, 0.0)[:3] for x in full]
         return self
-
-    @property
-    def position(self):
-        return len(self.tokens)
-
-    @position.setter
-    def position(self, value):
-        assert 0 <= value <= len(self.tokens)
-        del self.tokens[value:]
 
     def decode(self, tokens):
         self.passes.append(len(tokens))

@@ -9,7 +9,6 @@ import psutil
 import pytest
 import soundfile
 from brokers import Subscriber, needs_mosquitto, wait_for
-from test_pipeline import broker  # noqa: F401 - a fixture
 
 from whisperlet.audio import SAMPLE_RATE
 
@@ -31,7 +30,7 @@ def share(pid):
     return 100 * (processor_s(pid) - before_s) / (time.monotonic() - began_s)
 
 
-def test_silence_costs_next_to_nothing(real_bundle, broker, tmp_path, record_property):  # noqa: F811
+def test_silence_costs_next_to_nothing(real_bundle, broker, tmp_path, record_property):
     hiss = np.random.default_rng(0).normal(0, 30, 120 * SAMPLE_RATE).astype(np.int16)
     soundfile.write(tmp_path / "hiss.wav", hiss, SAMPLE_RATE)
     command = [sys.executable, "-m", "agent", "run", "--bundle", str(real_bundle.path), "--pace"]

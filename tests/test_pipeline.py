@@ -17,7 +17,7 @@ import psutil
 import pytest
 import soundfile
 import toy
-from brokers import Broker, Subscriber, needs_mosquitto, wait_for
+from brokers import Subscriber, needs_mosquitto, wait_for
 from ears import workers
 from test_power import tree
 from test_worker_process import replace_engine
@@ -43,14 +43,6 @@ from whisperlet.errors import AudioDeviceLost, AudioError, BundleError
 
 pytestmark = needs_mosquitto
 DEVICE = "kiosk"
-
-
-@pytest.fixture
-def broker(tmp_path):
-    broker = Broker(tmp_path)
-    broker.start()
-    yield broker
-    broker.kill()
 
 
 @pytest.fixture

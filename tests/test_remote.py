@@ -14,7 +14,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 from test_commands import Device
 from test_mqtt import final, running
-from test_pipeline import DEVICE, STOP_S, broker, make, started  # noqa: F401 - fixtures
+from test_pipeline import DEVICE, STOP_S, make, started  # noqa: F401 - fixtures
 
 from agent.config import TelemetryConfig
 from agent.link import Link

@@ -1,7 +1,7 @@
 """The retained status over a real Mosquitto: what it says follows the agent, and never waits in the outbox."""
 
 import pytest
-from brokers import Broker, Subscriber, needs_mosquitto, wait_for
+from brokers import Subscriber, needs_mosquitto, wait_for
 from test_mqtt import INFO
 
 from agent.config import MqttConfig
@@ -31,14 +31,6 @@ class Agent:
             rng=lambda: 0.0,
         )
         self.publisher.start()
-
-
-@pytest.fixture
-def broker(tmp_path):
-    broker = Broker(tmp_path)
-    broker.start()
-    yield broker
-    broker.kill()
 
 
 @pytest.fixture

@@ -178,3 +178,19 @@ def babble(duration_s, seed=0):
     pitch = 120 + 60 * np.sin(2 * np.pi * rng.uniform(0.5, 2) * time_s + seed)
     voice = np.sin(2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE) ** 9 + 0.1 * rng.standard_normal(n)
     return to_pcm16(0.3 * voice * (1 + np.sin(2 * np.pi * rng.uniform(2, 5) * time_s)) / 2)
+
+
+class TokenState:
+    """What a made-up decoder holds: the tokens so far, and how many came in each pass."""
+
+    def __init__(self):
+        self.tokens, self.passes = [], []
+
+    @property
+    def position(self):
+        return len(self.tokens)
+
+    @position.setter
+    def position(self, value):
+        assert 0 <= value <= len(self.tokens)
+        del self.tokens[value:]

@@ -199,8 +199,7 @@ def measure(folder: Path, n: int, n_processes: int, minutes: int, minute_s: floa
 
 def _broker_bytes(collector: Collector) -> int:
     """Bytes that the broker has received, once it has said so anew."""
-    before = collector.broker.pop("bytes/received", None)
-    del before
+    collector.broker.pop("bytes/received", None)
     return wait_for(lambda: collector.broker.get("bytes/received"), 10)  # type: ignore[no-any-return]
 
 
