@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from whisperlet.errors import ModelError
 
+from . import model
 from .fold import LowRank
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # every matrix of an encoder layer
 SHIPPED = "adapters"  # folder of this package
 SUFFIX = ".safetensors"
+ENCODER = "encoder_sha256"  # of what an adapter was trained beside; older files have only the whole checkpoint's
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # how peft ends the names of a pair
 
 
@@ -65,10 +67,16 @@ def restore(encoder: Any, tensors: dict[str, torch.Tensor]) -> None:
 def save(path: Path, encoder: Any, *, rank: int, alpha: int, source_sha256: str) -> None:
     """Write the adapter in half precision, with what it fits to, whole or not at all."""
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in state(encoder).items()}
-    metadata = {"rank": str(rank), "alpha": str(alpha), "source_sha256": source_sha256}
+    metadata = {"rank": str(rank), "alpha": str(alpha), "source_sha256": source_sha256, ENCODER: hash_encoder(encoder)}
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata)
     partial.replace(path)
+
+
+def hash_encoder(encoder: Any) -> str:
+    """SHA-256 of the encoder's own tensors, whether an adapter is attached or not."""
+    tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in encoder.state_dict().items()}
+    return model.hash_state({name: tensor for name, tensor in tensors.items() if ".lora_" not in name})
 
 
 def find(name_or_path: str) -> Path:
@@ -107,19 +115,32 @@ def apart(encoder: Any, path: Path, source_sha256: str) -> list[dict[str, LowRan
     return parts
 
 
+def read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """What a stored adapter says of itself, and its tensors. Raises ModelError."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        int(metadata["rank"]), int(metadata["alpha"]), metadata["source_sha256"]
+        return metadata, {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise ModelError(f"{path}: is not an adapter, or is damaged: {error}") from None
+
+
+def fits(metadata: dict[str, str], encoder: Any, source_sha256: str) -> bool:
+    """Whether an adapter was trained beside this encoder, or for this checkpoint where it knows no more."""
+    if ENCODER in metadata:
+        return metadata[ENCODER] == hash_encoder(encoder)
+    return metadata["source_sha256"] == source_sha256
+
+
 def put(encoder: Any, path: Path, source_sha256: str, max_rank: int | None = None) -> tuple[int, int]:
     """Attach a stored adapter, or the nearest one of `max_rank`; its rank and alpha.
 
     Raises ModelError if the file is damaged, or was made for another checkpoint.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        rank, alpha, made_for = int(metadata["rank"]), int(metadata["alpha"]), metadata["source_sha256"]
-        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise ModelError(f"{path}: is not an adapter, or is damaged: {error}") from None
-    if made_for != source_sha256:
+    metadata, tensors = read(path)
+    rank, alpha = int(metadata["rank"]), int(metadata["alpha"])
+    if not fits(metadata, encoder, source_sha256):
         raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
     if not tensors or not all(rank in tensor.shape and tensor.isfinite().all() for tensor in tensors.values()):
         raise ModelError(f"{path}: is damaged: its tensors are not finite, or not of rank {rank}")

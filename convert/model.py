@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whisperlet.errors import ModelError
 
-from . import ctranslate2, wheels
+from . import ctranslate2, hugging_face, wheels
 
 if TYPE_CHECKING:
     import tokenizers
@@ -64,7 +62,7 @@ class Checkpoint:
     generation: Generation
     multilingual: bool
     source: str  # for the report: hub id, `pypi:` name or a directory's name
-    sha256: str  # over the tensors, see `hash_tensors`
+    sha256: str  # over the tensors, see `hash_state`
 
 
 def load(source: str, cache: Path | None = None) -> Checkpoint:
@@ -107,17 +105,42 @@ def _load_pypi(source: str, cache: Path) -> Checkpoint:
 def _download_from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _explained(f"{repository} is no directory here, and the hub does not give it"):
+    with hugging_face.explained(f"{repository} is no directory here, and the hub does not give it"):
         for weights in _HUB_WEIGHTS:  # older repositories have only the pickled ones
             directory = Path(snapshot_download(repository, allow_patterns=[*_HUB_TEXTS, *weights]))
-            if _find_weights(directory):
+            if hugging_face.find_weights(directory):
                 return directory
     raise ModelError(f"{repository} on the hub has no weights in safetensors or PyTorch form")
 
 
+def save_directory(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write a checkpoint in Hugging Face's form; `load_directory` gives back the same."""
+    state = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items() if name != _PROJECTION}
+    hugging_face.write(
+        directory, state, checkpoint.model.config.to_dict(), _settings(checkpoint), checkpoint.tokenizer_json
+    )
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `generation_config.json` says, by Hugging Face's names."""
+    g = checkpoint.generation
+    return {
+        "is_multilingual": checkpoint.multilingual,
+        "suppress_tokens": list(g.suppress_tokens),
+        "begin_suppress_tokens": list(g.begin_suppress_tokens),
+        "alignment_heads": [list(head) for head in g.alignment_heads],
+        "lang_to_id": {f"<|{code}|>": token_id for code, token_id in g.lang_ids.items()},
+        "task_to_id": {"transcribe": g.transcribe, "translate": g.translate},
+        "no_timestamps_token_id": g.no_timestamps,
+        "decoder_start_token_id": g.sot,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), g.eot),
+        "max_length": checkpoint.model.config.max_target_positions,
+    }
+
+
 def load_directory(directory: Path, source: str) -> Checkpoint:
     """Load a directory, in whichever of the two forms it is; errors as in `load`."""
-    settings = _read_json(directory / "config.json")
+    settings = hugging_face.read_json(directory / "config.json")
     if "model_type" not in settings and (directory / "model.bin").is_file():
         return _load_ctranslate2(directory, settings, source)
     return _load_hugging_face(directory, settings, source)
@@ -143,37 +166,10 @@ def _load_ctranslate2(directory: Path, settings: Mapping[str, Any], source: str)
 def _load_hugging_face(directory: Path, settings: Mapping[str, Any], source: str) -> Checkpoint:
     if (kind := settings.get("model_type")) != "whisper":
         raise ModelError(f"{source} is not a Whisper: its config.json says model_type {kind!r}")
-    model = _build(settings, _read_weights(directory, source), source)
+    model = _build(settings, hugging_face.read_weights(directory, source), source)
     if (directory / "generation_config.json").is_file():  # fine-tuned ones may still have all in config.json
-        settings = {**settings, **_read_json(directory / "generation_config.json")}
+        settings = {**settings, **hugging_face.read_json(directory / "generation_config.json")}
     return _assemble(model, _read_tokenizer(directory, source), settings, source)
-
-
-def _find_weights(directory: Path) -> list[Path]:
-    """Return the files that hold the weights; safetensors are preferred, shards listed by their index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = directory / f"{name}.index.json"
-        if index.is_file():
-            return [directory / shard for shard in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-        if (directory / name).is_file():
-            return [directory / name]
-    return []
-
-
-def _read_weights(directory: Path, source: str) -> dict[str, torch.Tensor]:
-    import safetensors.torch
-    import torch
-
-    state: dict[str, torch.Tensor] = {}
-    for path in _find_weights(directory):
-        with _explained(f"{source}: {path.name} cannot be read"):
-            if path.suffix == ".safetensors":
-                state |= safetensors.torch.load_file(path)
-            else:
-                state |= torch.load(path, map_location="cpu", weights_only=True)
-    if not state:
-        raise ModelError(f"{source} has no weights: no model.bin, model.safetensors or pytorch_model.bin")
-    return state
 
 
 def _build(settings: Mapping[str, Any], state: dict[str, torch.Tensor], source: str) -> WhisperForConditionalGeneration:
@@ -181,7 +177,7 @@ def _build(settings: Mapping[str, Any], state: dict[str, torch.Tensor], source: 
     import torch
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    with _explained(f"{source}: there is no Whisper of such dimensions"), torch.device("meta"):
+    with hugging_face.explained(f"{source}: there is no Whisper of such dimensions"), torch.device("meta"):
         model = WhisperForConditionalGeneration(WhisperConfig.from_dict(dict(settings)))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != _PROJECTION}
     projection = state.pop(_PROJECTION, None)
@@ -210,13 +206,17 @@ def _check_values(state: Mapping[str, torch.Tensor], source: str) -> None:
 
 
 def hash_tensors(model: WhisperForConditionalGeneration) -> str:
+    """SHA-256 of a checkpoint's tensors."""
+    return hash_state({name: tensor for name, tensor in model.state_dict().items() if name != _PROJECTION})
+
+
+def hash_state(state: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name != _PROJECTION:
-            array = tensor.contiguous().numpy()
-            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            digest.update(array.data)
+    for name, tensor in sorted(state.items()):
+        array = tensor.contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -227,7 +227,7 @@ def _assemble(
     if max(tokenizer.get_vocab().values(), default=0) >= config.vocab_size:
         raise ModelError(f"{source}: its tokenizer has ids beyond the {config.vocab_size} of its embedding")
     multilingual = bool(settings.get("is_multilingual", config.vocab_size != _ENGLISH_ONLY_VOCAB_SIZE))
-    with _explained(f"{source}: its settings for generation cannot be read"):
+    with hugging_face.explained(f"{source}: its settings for generation cannot be read"):
         generation = Generation(
             suppress_tokens=_token_ids(settings.get("suppress_tokens"), config.vocab_size),
             begin_suppress_tokens=_token_ids(settings.get("begin_suppress_tokens"), config.vocab_size),
@@ -243,7 +243,7 @@ def _read_tokenizer(directory: Path, source: str) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer
     from transformers import WhisperTokenizer
 
-    with _explained(f"{source}: its tokenizer cannot be read"):
+    with hugging_face.explained(f"{source}: its tokenizer cannot be read"):
         path = directory / "tokenizer.json"
         if path.is_file():
             return Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -276,25 +276,3 @@ def _alignment_heads(heads: list[list[int]] | None, config: WhisperConfig) -> tu
     if heads and all(layer < n_layers and head < n_heads for layer, head in heads):
         return tuple((layer, head) for layer, head in heads)
     return tuple((layer, head) for layer in range(n_layers // 2, n_layers) for head in range(n_heads))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent.name} is no checkpoint: it has no {path.name}") from None
-    except ValueError as error:
-        raise ModelError(f"{path.parent.name}/{path.name} is not JSON ({error})") from error
-    return content if isinstance(content, dict) else {}
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn whatever a library raises, of many kinds and without a common base, into a `ModelError`."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise ModelError(f"{what} ({reason})") from error

@@ -103,7 +103,9 @@ def test_a_merged_encoder_has_the_tensors_of_any_other(path, plain):
 def test_it_is_stored_in_half_precision_with_what_it_fits_to(path):
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     with safetensors.safe_open(path, "pt") as file:
-        assert file.metadata() == {"rank": "4", "alpha": "8", "source_sha256": SOURCE}
+        found = file.metadata()
+    encoder = adapter.hash_encoder(make_encoder())
+    assert found == {"rank": "4", "alpha": "8", "source_sha256": SOURCE, "encoder_sha256": encoder}
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -154,6 +156,7 @@ def widen(tensors):
         (lambda path: rewrite(path, drop), "not those of this checkpoint's encoder"),
         (lambda path: rewrite(path, widen), "not those of this checkpoint's encoder"),
         (lambda path: rewrite(path, nothing, source_sha256="6" * 64), "was trained for another checkpoint"),
+        (lambda path: rewrite(path, nothing, encoder_sha256="6" * 64), "was trained for another checkpoint"),
     ],
 )
 def test_what_does_not_fit_is_refused(path, damage, reason):
@@ -162,6 +165,17 @@ def test_what_does_not_fit_is_refused(path, damage, reason):
         adapter.merge(make_encoder(), path, SOURCE)
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
+
+
+def test_it_fits_wherever_its_encoder_is(path):
+    """Whatever became of the decoder. Older files know only their checkpoint."""
+    adapter.merge(make_encoder(), path, "6" * 64)
+    changed = make_encoder()
+    changed.layers[0].fc1.bias[0] += 1
+    with pytest.raises(ModelError, match="was trained for another checkpoint"):
+        adapter.merge(changed, path, SOURCE)
+    rewrite(path, nothing)
+    adapter.merge(changed, path, SOURCE)
 
 
 def test_it_is_found_by_path_or_by_name(path, tmp_path, monkeypatch):
