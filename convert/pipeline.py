@@ -21,12 +21,14 @@ from whisperlet import bundle
 from whisperlet.bundle import GraphSpec, Manifest
 from whisperlet.errors import ModelError
 
-from . import adapter, compact, evaluate, export, graphs, model, parity, quantise, reference
+from . import adapter, chain, compact, disk, evaluate, export, graphs, model, parity, quantise, reference, stages
 from . import recipe as recipes
+from .budget import Loss
 from .fold import FoldedWhisper, LowRank
 from .machine import peak_rss_mb
 from .parity import SignatureParity, TextParity
 from .recipe import Export, Package, Quantise, Recipe
+from .stages import StageReport
 
 TOOLS = ("whisperlet", "torch", "transformers", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
 
@@ -44,6 +46,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     folding_max_abs: float  # logits, folded modules against transformers'
     parity: list[SignatureParity]
     texts: list[TextParity]
+    stages: list[StageReport] = []  # those that changed the checkpoint
+    losses: list[Loss] = []  # what they cost, if the recipe has a budget
 
 
 class Build:
@@ -52,6 +56,7 @@ class Build:
     def __init__(self, recipe: Recipe, work: Path, progress: Progress) -> None:
         self.recipe, self.work, self.progress = recipe, work, progress
         self.stages = recipes.stages(recipe)
+        self.chain = chain.Chain(recipe, progress, self.step)
         self.adapter: str | None = None
         self.seconds: dict[str, float] = {}
         self.model = work / "model.tflite"
@@ -73,13 +78,34 @@ class Build:
         self.progress.update(task, description=name, total=total or 1, completed=total or 1)
 
     def load(self) -> None:
-        """Source -> checkpoint, and its modules with the gains folded away."""
+        """Source -> checkpoint, through the stages that change it, and its modules with the gains folded away."""
         with self.step("load"):
             self.checkpoint = model.load(self.recipe.source)
+            self.source_sha256 = self.checkpoint.sha256
+        if recipes.model_stages(self.recipe):
+            self._check_adapter()
+            self.checkpoint = self.chain.run(self.checkpoint)
+        with self.step("fold"):
             beside = self._adapt()
             self.dims = export.model_dims(self.checkpoint.model, self.stages[0].n_text_ctx)
             self.whisper = FoldedWhisper(self.checkpoint.model, self.checkpoint.generation.alignment_heads, beside)
             self.loaded_mb = peak_rss_mb()
+
+    def _check_adapter(self) -> None:
+        """Refuse an adapter that cannot fit what the stages will make, before they take their time."""
+        stage = recipes.adapter(self.recipe)
+        if stage is None:
+            return
+        path, encoder = adapter.find(stage.file), self.checkpoint.model.model.encoder
+        is_ours = adapter.fits(adapter.read(path)[0], encoder, self.source_sha256)
+        changing = [stages.tag(stage) for stage in recipes.model_stages(self.recipe) if not stage.keeps_encoder]
+        if changing and is_ours:
+            raise ModelError(
+                f"{path}: was trained for the source's encoder, which {changing[0]} changes; train one for its result, "
+                "see `distil`, or leave the adapter out"
+            )
+        if not changing and not is_ours:
+            raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
 
     def _adapt(self) -> list[dict[str, LowRank]] | None:
         """Merge the recipe's adapter into the encoder, or return it; the checkpoint's hash stays its source's."""
@@ -91,7 +117,8 @@ class Build:
         if stage.sha256 not in ("", sha256):
             raise ModelError(f"{path}: is not the adapter that the recipe names: its SHA-256 is {sha256}")
         self.adapter, found = stage.file, msgspec.structs.replace(stage, sha256=sha256)
-        self.recipe = msgspec.structs.replace(self.recipe, stages=[found, *self.stages])
+        first = recipes.model_stages(self.recipe)
+        self.recipe = msgspec.structs.replace(self.recipe, stages=[*first, found, *self.stages])
         encoder = self.checkpoint.model.model.encoder
         if not stage.merge:
             return adapter.apart(encoder, path, self.checkpoint.sha256)
@@ -123,8 +150,8 @@ class Build:
             draft = self.work / "draft.tflite"
             bundle.write(draft, self.model, self.manifest(), minified(self.checkpoint.tokenizer_json))
             names, clips = zip(*parity.golden_clips(), strict=True)
-            expected = evaluate.reference_texts(self.checkpoint, clips, "en")
-            heard = evaluate.bundle_texts(draft, clips, "en")
+            expected = evaluate.reference_texts(self.checkpoint, clips, self._language())
+            heard = evaluate.bundle_texts(draft, clips, self._language())
             self.texts = [TextParity(*texts) for texts in zip(names, expected, heard, strict=True)]
 
     def manifest(self) -> Manifest:
@@ -138,9 +165,15 @@ class Build:
             streams=graphs.streams(stage),
             silence_frames=package.silence_frames,
             graphs=self.graphs,
-            recipe=recipes.as_dict(self.recipe),
+            source_sha256=self.source_sha256,
+            recipe=recipes.as_dict(self.recipe) | self._done(),
             tools={name: version(name) for name in TOOLS},
         )
+
+    def _done(self) -> dict[str, Any]:
+        """What the stages of the model did, without what another run would do otherwise."""
+        reports = [{"stage": report.stage, **report.details} for report in self.chain.reports]
+        return {"reports": reports} if reports else {}
 
     def run_package(self, _stage: Package, target: Path) -> Report:
         """Everything -> one file, whole or not at all."""
@@ -162,19 +195,31 @@ class Build:
             folding_max_abs=self.folding_max_abs,
             parity=self.parity,
             texts=self.texts,
+            stages=self.chain.reports,
+            losses=self.chain.losses,
         )
 
     def _probe_tokens(self) -> list[int]:
-        """The prompt of an English transcript."""
+        """The prompt of a transcript."""
         ids = reference.vocabulary(self.checkpoint)
-        head = [ids.sot] if ids.transcribe is None else [ids.sot, ids.languages["en"], ids.transcribe]
+        head = [ids.sot] if ids.transcribe is None else [ids.sot, ids.languages[self._language()], ids.transcribe]
         return [*head, ids.no_timestamps]
+
+    def _language(self) -> str:
+        """English, or the first language of a model that has lost it."""
+        languages = self.checkpoint.generation.lang_ids
+        return "en" if "en" in languages or not languages else next(iter(languages))
 
 
 def build(recipe: Recipe, out: Path, console: Console) -> Report:
     """Run a recipe; leaves `<name>.tflite` and `<name>.json` in `out`, or neither."""
+    chain.check(recipe)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work, _progress(console) as progress:
+    with (
+        disk.explained(out, "the build"),
+        tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work,
+        _progress(console) as progress,
+    ):
         job = Build(recipe, Path(work), progress)
         stage, quantising, packaging = job.stages
         job.load()

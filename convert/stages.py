@@ -1,0 +1,154 @@
+"""Stages that turn one checkpoint into another, and the runner that keeps their results.
+
+A stage is data; the module that defines it does the work, in a function `run`:
+
+    class Prune(Stage, frozen=True, kw_only=True, tag="prune"): ...
+    def run(stage: Prune, in_dir: Path, out_dir: Path, progress: Progress) -> StageReport: ...
+
+`in_dir` holds a checkpoint in Hugging Face's form, which `out_dir` is to hold afterwards. `out_dir` is empty, or as an
+interrupted run of the same stage left it; a stage that takes long keeps what it needs to go on in `CHECKPOINTS` there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+from rich.progress import Progress
+
+from whisperlet.errors import ConfigError
+
+from . import disk
+
+CHECKPOINTS = "checkpoints"  # folder in `out_dir`; does not become part of the result
+RECORD = "stage.json"  # beside the checkpoint, written last
+_KEY_LENGTH = 16  # hexadecimal digits in a folder's name
+
+Wait = Callable[[], None]  # called again and again while another run makes the same
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="stage"):
+    """One step of a build. Settings that cannot be are refused by `__post_init__`, with a ValueError."""
+
+    recovers: ClassVar[bool] = False  # it wins back accuracy that the stages before it have cost
+    once: ClassVar[bool] = False  # a recipe may have only one
+
+    @property
+    def keeps_encoder(self) -> bool:
+        """Whether the encoder's tensors stay as they are, so that an adapter made for them still fits."""
+        return False
+
+    def inputs(self) -> list[Path]:
+        """Files and folders besides the checkpoint whose content the result depends on."""
+        return []
+
+    def problems(self) -> list[str]:
+        """What would stop the stage, found out before anything is run; a sentence each."""
+        return [f"{path}: no such file or folder" for path in self.inputs() if not path.exists()]
+
+
+class StageReport(msgspec.Struct, frozen=True):
+    """What a stage did. `details` are plain data, and the same whenever the stage is run again."""
+
+    stage: str
+    seconds: float
+    details: dict[str, Any] = {}
+
+
+class Result(msgspec.Struct, frozen=True):
+    """A checkpoint that a stage has made, or the source that the first one takes."""
+
+    folder: Path
+    sha256: str  # over names and content of its files
+    report: StageReport
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """What lies beside a result."""
+
+    report: StageReport
+    settings: dict[str, Any]  # all that the result depends on
+    sha256: str
+
+
+def tag(stage: Stage) -> str:
+    """The stage's name in a recipe."""
+    return str(stage.__struct_config__.tag)
+
+
+def located(path: str) -> Path:
+    """A path as a recipe names it: `~` and `$NAME` stand for what they do in a shell, and it may be relative."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """Raise ConfigError with everything that would stop one of them."""
+    found = [f"{tag(stage)}: {problem}" for stage in stages for problem in stage.problems()]
+    if found:
+        raise ConfigError("; ".join(found))
+
+
+def run(stage: Stage, source: Result, root: Path, progress: Progress, wait: Wait) -> Result:
+    """What the stage makes of a checkpoint: what is kept if settings, checkpoint and every other input are the same."""
+    module = importlib.import_module(type(stage).__module__)
+    settings = {
+        "stage": msgspec.to_builtins(stage),
+        "source": source.sha256,
+        "inputs": [disk.hash_path(path) for path in stage.inputs()],
+        "code": disk.hash_path(Path(inspect.getfile(module))),
+    }
+
+    def make(out: Path) -> StageReport:
+        disk.check_room(root, disk.size(source.folder), tag(stage))
+        report: StageReport = module.run(stage, source.folder, out, progress)
+        return report
+
+    return keep(root, tag(stage), settings, make, wait)
+
+
+def keep(root: Path, name: str, settings: dict[str, Any], make: Callable[[Path], StageReport], wait: Wait) -> Result:
+    """The kept result of these settings, made first if it is not there.
+
+    It has its name only once all of it is on the disk, so what is interrupted, whenever that is, never counts as one.
+    Raises ConfigError where the disk is full.
+    """
+    folder = root / f"{name}-{disk.hash_json(settings)[:_KEY_LENGTH]}"
+    with disk.explained(root, name):
+        root.mkdir(parents=True, exist_ok=True)
+        with disk.locked(folder.with_name(f"{folder.name}.lock"), wait):
+            found = _kept(folder)
+            if found is None:
+                part = folder.with_name(f"{folder.name}.part")
+                part.mkdir(exist_ok=True)
+                found = _publish(part, folder, make(part), settings)
+    return Result(folder, found.sha256, found.report)
+
+
+def _kept(folder: Path) -> _Record | None:
+    """The record of a result that is whole; what is not is removed."""
+    if not folder.is_dir():
+        return None
+    try:
+        record = msgspec.json.decode((folder / RECORD).read_bytes(), type=_Record)
+        if record.sha256 == disk.hash_folder(folder, leave_out=RECORD):
+            return record
+    except (OSError, msgspec.DecodeError):
+        pass
+    shutil.rmtree(folder)
+    return None
+
+
+def _publish(part: Path, folder: Path, report: StageReport, settings: dict[str, Any]) -> _Record:
+    shutil.rmtree(part / CHECKPOINTS, ignore_errors=True)
+    record = _Record(report, settings, disk.hash_folder(part, leave_out=RECORD))
+    (part / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
+    disk.sync(part)
+    part.rename(folder)
+    disk.sync_entry(folder)
+    return record
