@@ -11,6 +11,7 @@ import numpy as np
 from whisperlet.audio import Float32
 from whisperlet.bundle import Vocabulary
 
+from .guess import Guess, agreed
 from .state import Looks
 from .terms import Terms
 
@@ -104,14 +105,6 @@ def loop_start(tokens: Sequence[int]) -> int | None:
     return None
 
 
-def agreed(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]:
-        n += 1
-    return n
-
-
 def greedy(
     decoder: Decoder,
     vocabulary: Vocabulary,
@@ -125,15 +118,15 @@ def greedy(
     """Greedy transcript, token for token what going one by one gives, with a draft verified on the way.
 
     Each pass takes the tokens that are known but not yet in the state, then up to `block` in all of the draft. What
-    the model would have said itself is kept, up to the first difference; the rest of the draft is dropped there.
+    the model would have said itself is kept, up to the first difference; see `Guess` for how it goes on there.
     Terms are preferred; probabilities are what they are without them.
     """
     tokens: list[int] = []
     logprobs: list[float] = []
     no_speech_prob = 0.0
-    known, draft = list(prompt), list(draft)
+    known, guess = list(prompt), Guess(draft, block)
     while True:
-        proposal = draft[: max(0, block - len(known))]
+        proposal = guess.ahead(len(known))
         logits = decoder.decode(known + proposal)
         if not tokens:
             no_speech_prob = probability_at(logits[0], vocabulary.no_speech)
@@ -141,9 +134,10 @@ def greedy(
         picks = preferred(rows, tokens, proposal, vocabulary, terms)
         n = agreed(picks, proposal)
         decoder.position -= len(proposal) - n
-        said, rest = picks[: n + 1], draft[n:]
+        said = picks[: n + 1]
+        guess.hear(n, len(proposal), said[-1])
         logprobs += log_softmax_at(rows[: n + 1], said)
-        known, draft = [said[-1]], rest[1:] if rest and rest[0] == said[-1] else []
+        known = [said[-1]]
         for token in said:
             tokens.append(token)
             kept, looped = _kept(tokens, vocabulary.eot, limit)
@@ -207,14 +201,14 @@ def follow(
     """
     known = [*prompt, *draft.stable]
     decoder.position = min(decoder.position, len(known) - 1)
-    known, proposal = known[decoder.position :], draft.unstable[:block]
+    known, guess = known[decoder.position :], Guess(draft.unstable, block)
     heard = Found(list(draft.stable), [], draft.logprobs[: len(draft.stable)], draft.no_speech_prob)
-    if len(known) + len(proposal) > block and len(known) > 1:  # others used the decoder: it has to read all again
+    if len(known) + len(draft.unstable) > block and len(known) > 1:  # others used the decoder: it has to read all again
         heard.opens(decoder.position, decoder.decode(known[:-1]), vocabulary)
         known = known[-1:]
     n_agreed: int | None = None
     while True:
-        proposal = proposal[: max(0, block - len(known))]
+        proposal = guess.ahead(len(known))
         began, logits = decoder.position, decoder.decode([*known, *proposal])
         heard.opens(began, logits, vocabulary)
         rows = suppress(logits[len(known) - 1 :], vocabulary, first=not heard.tokens)
@@ -232,7 +226,8 @@ def follow(
             heard.add(token, frame, logprob)
         if loop_start(heard.tokens) is not None or heard.looks[-1] >= edge:
             return _parted(heard, draft, n_agreed, frontier)
-        known, proposal = [picks[n]], []
+        guess.hear(n, len(proposal), picks[n])
+        known = [picks[n]]
 
 
 class Found(msgspec.Struct):

@@ -53,7 +53,6 @@ class Heard(msgspec.Struct, frozen=True):
     language: str
     encode_ms: float
     decode_ms: float
-
     stable: int | None = None  # tokens that will not change; None: all
     in_advance: bool = False
 
@@ -187,20 +186,23 @@ class Transcriber:
         self._segment = None
 
     def _exact(self, segment: Segment, end: int) -> Heard:
-        """One look at the whole segment, a second one with more silence if it ended in a repetition: that ends most."""
-        heard = self._hear(segment, end)
-        return self._hear(segment, end, full_window=True) if heard.hypothesis.looped else heard
+        """One look at the whole segment, further ones with more silence while it ends in a repetition: that ends most."""
+        windows = self._windows(end, self.language)
+        heard = self._hear(segment, end, windows.pop(0))
+        while heard.hypothesis.looped and windows:
+            segment.draft = []  # leads astray
+            heard = self._hear(segment, end, windows.pop(0))
+        return heard
 
-    def _hear(self, segment: Segment, end: int, *, full_window: bool = False) -> Heard:
-        """Encode the audio up to sample `end` of the segment and decode it, verifying what was heard before."""
+    def _hear(self, segment: Segment, end: int, n_frames: int) -> Heard:
+        """Encode a window with the audio up to sample `end` and decode it, verifying what was heard before."""
         began = time.perf_counter()
         if self._follower:
             self._follower.displace()
-        n_frames = max(self.manifest.encode_frames) if full_window else self._window(end, self.language)
         self.engine.encode(self._decoder.state, segment.logmel.window(2 * n_frames, end))
         encoded = time.perf_counter()
         language = self.language or self._detect()
-        hypothesis = self._verified(language, [] if full_window else segment.draft, end)
+        hypothesis = self._verified(language, segment.draft, end)
         segment.draft = hypothesis.tokens
         decoded = time.perf_counter()
         return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded))
@@ -232,10 +234,13 @@ class Transcriber:
             terms=self._terms,
         )
 
-    def _window(self, end: int, language: str | None) -> int:
-        """The smallest encoder window with room for the audio and the silence that the language needs."""
+    def _windows(self, end: int, language: str | None) -> list[int]:
+        """Encoder windows for the audio and the silence that the language needs: the smallest, one twice that, all."""
+        sizes, largest = self.manifest.encode_frames, max(self.manifest.encode_frames)
         wanted = -(-end // SAMPLES_PER_FRAME) + self._silence(language)
-        return min((n for n in self.manifest.encode_frames if n >= wanted), default=max(self.manifest.encode_frames))
+        first = min((n for n in sizes if n >= wanted), default=largest)
+        second = min((n for n in sizes if n >= 2 * first), default=largest)
+        return sorted({first, second, largest})
 
     def _silence(self, language: str | None) -> int:
         """Frames of silence that the language needs after the speech."""

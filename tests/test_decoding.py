@@ -105,11 +105,21 @@ def test_a_wrong_draft_costs_no_pass():
     assert len(decoder.passes) == 13
 
 
-def test_a_draft_is_used_up_to_its_first_mistake():
-    answer = answer_of(10)
+@pytest.mark.parametrize(
+    ("mistaken", "passes"),
+    [
+        (lambda right: [*right[:6], 200, *right[7:]], [16, 4, 14]),  # a wrong token
+        (lambda right: [*right[:6], *right[7:]], [16, 4, 4, 13]),  # one too few
+        (lambda right: [*right[:6], 200, *right[6:]], [16, 4, 14]),  # one too many
+        (lambda right: [*right[:6], *right[10:]], [16, 4, 4, 4, 4, 4, 10]),  # a part left out
+        (lambda right: right[:6], [10] + 18 * [1]),  # no more to guess
+    ],
+)
+def test_a_draft_is_of_use_after_a_mistake(mistaken, passes):
+    answer = answer_of(24)
     decoder = MadeUpDecoder(answer=answer)
-    assert hear(decoder, [*answer[:6], 200, *answer[7:]]).tokens == answer
-    assert decoder.passes == [14, 1, 1, 1, 1]
+    assert hear(decoder, mistaken(answer)).tokens == answer
+    assert decoder.passes == passes
 
 
 def test_limit():

@@ -90,7 +90,8 @@ class Ears:
         pcm = to_float32(read_file(clip.audio))
         logmel = LogMel(self.engine.manifest.dims.n_mels)
         logmel.feed(pcm)
-        self.engine.encode(self.decoder.state, logmel.window(2 * self.transcriber._window(len(pcm), "en"), len(pcm)))
+        n_frames = self.transcriber._windows(len(pcm), "en")[0]
+        self.engine.encode(self.decoder.state, logmel.window(2 * n_frames, len(pcm)))
         manifest, tokenizer = self.engine.manifest, self.transcriber.tokenizer
         texts, draft = [], list[int]()
         for dictionary in dictionaries:
