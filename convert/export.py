@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -63,12 +64,21 @@ _steps: SimpleQueue[str] | None = None
 
 
 def _begin(steps: SimpleQueue[str], log: Path) -> None:
-    """Set a process up: what the tools say goes to a file, how far they are to the queue."""
+    """Set a process up: what the tools say goes to a file, how far they are to the queue; it ends with its parent."""
     global _steps  # noqa: PLW0603 - a pool's initialiser has no other way to hand something on
     _steps = steps
+    Thread(target=_end_with_parent, daemon=True).start()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and the converter would go on for minutes."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _export_half(modules: Path, dims: Dims, stage: Export, path: Path, half: str) -> tuple[Path, float]:

@@ -1,14 +1,19 @@
 """The files that a build passes through: float, quantised, compacted. Each must compute what the one before it did."""
 
+import os
+import subprocess
+import sys
 from collections import Counter, defaultdict
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import torch
 import toy
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
+from brokers import wait_for
 
 from convert import compact, parity
 from convert.fold import FoldedWhisper
@@ -254,3 +259,27 @@ def test_parity_refuses_another_model(toy_folder, modules):
     floats = [half(toy_folder, name, "float") for name in ("encode", "decode")]
     with pytest.raises(ModelError, match="decode_1_256 does not compute what the checkpoint does"):
         parity.compare_signatures(probe, floats, toy_folder / "toy.tflite")
+
+
+ORPHANS = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from convert.export import _begin
+if __name__ == "__main__":
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(context.SimpleQueue(), Path(sys.argv[1]))) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600)
+"""
+
+
+def test_a_build_that_is_killed_leaves_no_process_behind(tmp_path):
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    environment = {**os.environ, "PYTHONPATH": str(toy.REPOSITORY)}
+    command = [sys.executable, str(tmp_path / "orphans.py"), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 60)
