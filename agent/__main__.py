@@ -20,14 +20,12 @@ from whisperlet.bundle import Bundle, open_bundle
 from whisperlet.errors import ConfigError, WhisperletError
 
 from . import config as configs
-from . import doctor as doctors
 from . import logs
 from .config import Config, LogConfig, checked_language, default_cache_dir
 from .confirm import ConfirmedGate
 from .controls import RESTART_STATUS
 from .hearing import listen
 from .messages import SpeechChunk, Transcript
-from .pipeline import Pipeline
 from .sources import Source, open_source, paced
 from .supervisor import EngineLost, Supervisor
 
@@ -53,6 +51,8 @@ def run(
     pace: Annotated[bool, typer.Option("--pace", help="Play files in real time.")] = False,
 ) -> None:
     """Listen, recognise, publish over MQTT, until the source ends or a signal comes."""
+    from .pipeline import Pipeline  # and with it all that talks to a broker, which the other commands do without
+
     settings = configs.load(config, {"recogniser.bundle": bundle, "mqtt.url": broker})
     logs.set_up(settings.log)
     opened = opened_bundle(settings)
@@ -103,6 +103,8 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
 ) -> None:
     """Say what is wrong with this device, and what to change. Exit code 0: nothing; 1: warnings; 2: something fails."""
+    from . import doctor as doctors
+
     overrides = {"recogniser.bundle": bundle, "mqtt.url": broker}
     errors = Console(stderr=True)
     tell = (lambda _what: None) if json or not errors.is_terminal else errors.print
