@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-import soxr
 from torch import Tensor
 
 from whisperlet.audio import SAMPLE_RATE, Float32, seconds
 from whisperlet.errors import ConfigError
 
 from . import speechset, streaming
-from .speechset import Clip
+from .speechset import SUFFIXES, Clip
 
 LONGEST_S = 20.0  # longer recordings are cut into pieces
 SHORTEST_S = 0.5
 N_HELD_OUT = 3  # batches of `HELD_OUT_SIZE` that are measured on and, where there are enough, never trained on
 HELD_OUT_SIZE = 4
-SUFFIXES = (".flac", ".ogg", ".opus", ".wav")
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Corpus:
     def _add(self, name: str, recordings: Sequence[Clip], n_mels: int, advance: Callable[[str], None]) -> None:
         n_samples = 0
         for clip in recordings:
-            audio = _read(clip.audio)
+            audio = speechset.audio(clip.audio)
             n_samples += len(audio)
             self.by_language[clip.language] += [streaming.log_power(piece, n_mels) for piece in pieces(audio)]
             advance(clip.id)
@@ -113,15 +110,3 @@ def pieces(audio: Float32) -> list[Float32]:
     """The audio in equal pieces that are short enough; nothing where there is hardly any."""
     n = -(-len(audio) // round(LONGEST_S * SAMPLE_RATE))
     return [piece for piece in np.array_split(audio, max(1, n)) if len(piece) >= SHORTEST_S * SAMPLE_RATE]
-
-
-def _read(path: Path) -> Float32:
-    try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    mono = audio.mean(1)
-    if not np.isfinite(mono).all():
-        raise ConfigError(f"{path}: cannot be trained on: some samples are not numbers")
-    resampled: Float32 = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
-    return resampled

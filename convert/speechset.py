@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import soundfile
+import soxr
 
+from whisperlet.audio import SAMPLE_RATE, Float32
 from whisperlet.errors import ConfigError
+
+SUFFIXES = (".flac", ".ogg", ".opus", ".wav")  # of audio in a folder without a manifest
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -54,3 +60,16 @@ def _entry(path: Path, number: int, line: str) -> Entry:
         return msgspec.json.decode(line, type=Entry)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path}: line {number}: {error}") from None
+
+
+def audio(path: Path) -> Float32:
+    """A recording at Whisper's rate, its channels averaged. shape = (n_samples,). Raises ConfigError."""
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    mono = samples.mean(1)
+    if not np.isfinite(mono).all():
+        raise ConfigError(f"{path}: cannot be trained on: some samples are not numbers")
+    resampled: Float32 = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
+    return resampled

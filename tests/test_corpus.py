@@ -13,7 +13,7 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import corpus
+from convert import corpus, speechset
 from convert.corpus import Corpus, Source
 from whisperlet.audio import HOP_LENGTH, SAMPLE_RATE, to_float32
 from whisperlet.errors import ConfigError
@@ -120,7 +120,7 @@ def test_other_rates_and_channels(tmp_path):
     audio = to_float32(toy.babble(1.0))
     wide = soxr.resample(audio, SAMPLE_RATE, 44_100)
     soundfile.write(tmp_path / "wide.wav", np.stack([0.7 * wide, 1.3 * wide], 1), 44_100, subtype="FLOAT")
-    heard = corpus._read(tmp_path / "wide.wav")
+    heard = speechset.audio(tmp_path / "wide.wav")
     assert abs(len(heard) - len(audio)) <= 1
     n = min(len(heard), len(audio)) - 500
     assert np.abs(heard[500:n] - audio[500:n]).max() < 0.05
