@@ -96,6 +96,33 @@ def distil(
     tables.show_training(record, tables.CONSOLE)
 
 
+@app.command()
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe that ships, or a .toml file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, which another recipe's source may name.")],
+) -> None:
+    """Run a recipe's finetune stage alone on its source. `accelerate launch` runs it on several GPUs or hosts."""
+    from . import finetune as finetuning
+    from . import recipe as recipes
+    from . import tables
+
+    tables.show_finetuning(finetuning.alone(recipes.load(recipe), out, tables.BARS), tables.CONSOLE)
+
+
+@app.command()
+def condition(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe that ships, or a .toml file.")],
+    name: Annotated[str, typer.Argument(help="train, dev, test, canary or replay.")],
+    out: Annotated[Path, typer.Option(help="Folder for the recordings and their manifest.")],
+) -> None:
+    """Write the recordings of a finetune stage as they are scored: with noise and all, for `evaluate` and for ears."""
+    from . import finetune as finetuning
+    from . import recipe as recipes
+
+    path = finetuning.write_set(recipes.load(recipe), name, out)
+    print(path)
+
+
 def main() -> None:
     """Run the command; what a user can mend ends with one sentence and exit code 2."""
     try:

@@ -94,9 +94,14 @@ def find(name_or_path: str) -> Path:
 def merge(encoder: Any, path: Path, source_sha256: str) -> None:
     """Add a stored adapter to the encoder's own matrices. Raises ModelError as `put` does."""
     put(encoder, path, source_sha256)
-    for layer in _layers(encoder):
+    absorb(encoder)
+
+
+def absorb(module: Any) -> None:
+    """Add an attached adapter to the matrices and take it out."""
+    for layer in _layers(module):
         layer.merge()
-    _take_out(encoder)
+    _take_out(module)
 
 
 def apart(encoder: Any, path: Path, source_sha256: str) -> list[dict[str, LowRank]]:

@@ -13,6 +13,7 @@ import msgspec
 from whisperlet.audio import WINDOW_FRAMES
 from whisperlet.errors import ConfigError
 
+from .finetune import Finetune
 from .stages import Stage, tag
 
 
@@ -89,7 +90,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 # A stage that changes the checkpoint is added here, and nowhere else; see `stages.Stage`.
-AnyStage: TypeAlias = Adapter | Export | Quantise | Package
+AnyStage: TypeAlias = Finetune | Adapter | Export | Quantise | Package
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

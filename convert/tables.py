@@ -18,6 +18,7 @@ from .evaluation import Evaluation, Percentiles, summary
 from .inspection import Contents
 from .pipeline import Report
 from .speechset import Clip
+from .stages import StageReport
 
 CONSOLE = Console()
 BARS = Console(stderr=True)
@@ -68,6 +69,20 @@ def show_training(record: Record, console: Console) -> None:
     table.add_row("gap with little silence, before and after", f"{first.short:.4f}, {last.short:.4f}")
     table.add_row("machine", record.machine)
     console.print(table)
+
+
+def show_finetuning(report: StageReport, console: Console) -> None:
+    """Error rates before and after, and how training went."""
+    details = report.details
+    table = Table("set", "before", "after", title=f"{details['mode']}, {details['parameters']:,} parameters trained")
+    for kind, sets in details["before"].items():
+        for name, rate in sets.items():
+            table.add_row(f"{kind}: {name}", _percent(rate), _percent(details["after"][kind][name]))
+    for point in details["curve"]:
+        loss = "-" if point["loss"] is None else f"{point['loss']:.3f}"
+        table.add_row(f"dev after {point['step']} steps, loss {loss}", "", _percent(point["error_rate"]))
+    console.print(table)
+    console.print(f"{report.seconds / 60:.0f} min on {details['machine']}, {details['precision']}", highlight=False)
 
 
 def run_evaluation(model: str, manifest: Path, clips: list[Clip], options: Options, json: Path | None) -> None:
