@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whisperlet.audio import Float32
-from whisperlet.bundle import Dims, StreamSpec, kv_names
+from whisperlet.bundle import Dims, StreamSpec, kv_shapes
 
 MASKED = np.float32(-1e9)  # added to a score, leaves no weight after softmax
 
@@ -51,14 +51,8 @@ class StreamState:
 
     def __init__(self, dims: Dims, spec: StreamSpec, n_cross: int) -> None:
         self.spec = spec
-        self.past = {
-            name: np.zeros((dims.n_head, *_by_part(name, spec.context, dims.d_head)), np.float32)
-            for name in kv_names("past", dims.n_audio_layer)
-        }
-        self.cross = {
-            name: np.zeros((dims.n_head, *_by_part(name, n_cross, dims.d_head)), np.float32)
-            for name in kv_names("cross", dims.n_text_layer)
-        }
+        self.past = _zeros(dims, "past", spec.context)
+        self.cross = _zeros(dims, "cross", n_cross)
         self.n_cross = n_cross  # frames that `cross` has room for
         self.committed = 0
         self.n_frames = 0  # of audio that `cross` holds
@@ -94,9 +88,8 @@ def _put(state: dict[str, Float32], new: dict[str, Float32], first: int, n: int)
             tensor[:, :, first : first + n] = new[name][:, :, :n]
 
 
-def _by_part(name: str, n: int, d_head: int) -> tuple[int, int]:
-    """Shape of a head's keys or values, the summed axis last."""
-    return (n, d_head) if "_k_" in name else (d_head, n)
+def _zeros(dims: Dims, kind: str, n: int) -> dict[str, Float32]:
+    return {name: np.zeros(shape, np.float32) for name, shape in kv_shapes(dims, kind, n).items()}
 
 
 def self_mask(n_tokens: int, position: int, n_text_ctx: int) -> Float32:

@@ -21,6 +21,7 @@ from whisperlet.bundle import Dims, GraphSpec
 from .fold import FoldedWhisper
 from .graphs import signatures
 from .machine import peak_rss_mb
+from .pruned import layer_heads
 from .recipe import Export
 
 
@@ -35,6 +36,7 @@ def model_dims(model: Any, n_text_ctx: int) -> Dims:
         n_text_layer=config.decoder_layers,
         n_vocab=config.vocab_size,
         n_text_ctx=n_text_ctx,
+        layer_heads=layer_heads(model),
     )
 
 

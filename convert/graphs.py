@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from whisperlet.bundle import Dims, GraphSpec, StreamSpec, TensorSpec, kv_names
+from whisperlet.bundle import Dims, GraphSpec, StreamSpec, TensorSpec, kv_shapes
 
 from .fold import FoldedWhisper, normalise
 from .recipe import Export
@@ -160,17 +160,16 @@ def _update(state: Tensor, new: Tensor, axis: int, position: Tensor) -> Tensor:
 
 def cross_state(dims: Dims, n_cross: int) -> list[TensorSpec]:
     """Keys and values of the encoded audio, what `encode_*` puts out and `decode_*` takes in."""
-    return _state(dims, "cross", n_cross, dims.n_text_layer)
+    return _state(dims, "cross", n_cross)
 
 
 def self_state(dims: Dims) -> list[TensorSpec]:
     """Keys and values of the tokens so far, which `decode_*` take in and put out."""
-    return _state(dims, "self", dims.n_text_ctx, dims.n_text_layer)
+    return _state(dims, "self", dims.n_text_ctx)
 
 
-def _state(dims: Dims, kind: str, n: int, n_layer: int) -> list[TensorSpec]:
-    keys, values = (dims.n_head, n, dims.d_head), (dims.n_head, dims.d_head, n)
-    return [TensorSpec(name, keys if "_k_" in name else values) for name in kv_names(kind, n_layer)]
+def _state(dims: Dims, kind: str, n: int) -> list[TensorSpec]:
+    return [TensorSpec(name, shape) for name, shape in kv_shapes(dims, kind, n).items()]
 
 
 def decode_inputs(dims: Dims, n_tokens: int, n_cross: int) -> list[TensorSpec]:
@@ -197,16 +196,13 @@ def stream_inputs(dims: Dims, spec: StreamSpec) -> list[TensorSpec]:
         TensorSpec("mel", (1, 2 * spec.width + 3, dims.n_mels)),  # two frames before the first one's own, one after
         TensorSpec("offset", (1,)),  # of the first frame
         TensorSpec("mask", (1, spec.context + spec.width)),  # added to the scores
-        *_state(dims, "past", spec.context, dims.n_audio_layer),
+        *_state(dims, "past", spec.context),
     ]
 
 
 def stream_outputs(dims: Dims, spec: StreamSpec) -> list[TensorSpec]:
     """What `stream_<chunk>_<overlap>` puts out."""
-    return [
-        *_state(dims, "cross", spec.width, dims.n_text_layer),
-        *_state(dims, "new", spec.chunk, dims.n_audio_layer),
-    ]
+    return [*_state(dims, "cross", spec.width), *_state(dims, "new", spec.chunk)]
 
 
 def streams(export: Export) -> list[StreamSpec]:

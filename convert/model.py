@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from whisperlet.errors import ModelError
 
-from . import ctranslate2, hugging_face, wheels
+from . import ctranslate2, hugging_face, pruned, wheels
 
 if TYPE_CHECKING:
     import tokenizers
     import torch
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
+    from transformers import WhisperForConditionalGeneration
 
 _ENGLISH_ONLY_VOCAB_SIZE = 51864  # one less than the smallest multilingual one, whatever the model's size
 _POSITION_TOLERANCE = 2e-3  # float16 rounds the sinusoids by up to 2.5e-4
-_EMBEDDING, _PROJECTION = "model.decoder.embed_tokens.weight", "proj_out.weight"
+_EMBEDDING, PROJECTION = "model.decoder.embed_tokens.weight", "proj_out.weight"
 _SPECIAL_TOKENS = {  # by the names that `Generation` gives them; older tokenizers have the second spelling
     "sot": ("<|startoftranscript|>",),
     "eot": ("<|endoftext|>",),
@@ -115,7 +115,7 @@ def _download_from_hub(repository: str) -> Path:
 
 def save_directory(checkpoint: Checkpoint, directory: Path) -> None:
     """Write a checkpoint in Hugging Face's form; `load_directory` gives back the same."""
-    state = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items() if name != _PROJECTION}
+    state = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items() if name != PROJECTION}
     hugging_face.write(
         directory, state, checkpoint.model.config.to_dict(), _settings(checkpoint), checkpoint.tokenizer_json
     )
@@ -157,7 +157,7 @@ def _load_ctranslate2(directory: Path, settings: Mapping[str, Any], source: str)
     tokenizer = _read_tokenizer(directory, source)
     ids = _special_ids(tokenizer, source)
     roles = {"pad_token_id": "eot", "bos_token_id": "eot", "eos_token_id": "eot", "decoder_start_token_id": "sot"}
-    model = _build(asdict(dims) | {role: ids[name] for role, name in roles.items()}, state, source)
+    model = build(asdict(dims) | {role: ids[name] for role, name in roles.items()}, state, source)
     theirs = {"suppress_tokens": "suppress_ids", "begin_suppress_tokens": "suppress_ids_begin"}
     settings = {**settings, **{ours: settings.get(name) for ours, name in theirs.items()}}
     return _assemble(model, tokenizer, settings, source)
@@ -166,27 +166,30 @@ def _load_ctranslate2(directory: Path, settings: Mapping[str, Any], source: str)
 def _load_hugging_face(directory: Path, settings: Mapping[str, Any], source: str) -> Checkpoint:
     if (kind := settings.get("model_type")) != "whisper":
         raise ModelError(f"{source} is not a Whisper: its config.json says model_type {kind!r}")
-    model = _build(settings, hugging_face.read_weights(directory, source), source)
+    model = build(settings, hugging_face.read_weights(directory, source), source)
     if (directory / "generation_config.json").is_file():  # fine-tuned ones may still have all in config.json
         settings = {**settings, **hugging_face.read_json(directory / "generation_config.json")}
     return _assemble(model, _read_tokenizer(directory, source), settings, source)
 
 
-def _build(settings: Mapping[str, Any], state: dict[str, torch.Tensor], source: str) -> WhisperForConditionalGeneration:
+def build(settings: Mapping[str, Any], state: dict[str, torch.Tensor], source: str) -> WhisperForConditionalGeneration:
     """Put the tensors into a model that never had others: nothing is allocated or initialised in vain."""
     import torch
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+    sizes = pruned.read_sizes(settings, source)
     with hugging_face.explained(f"{source}: there is no Whisper of such dimensions"), torch.device("meta"):
         model = WhisperForConditionalGeneration(WhisperConfig.from_dict(dict(settings)))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != _PROJECTION}
-    projection = state.pop(_PROJECTION, None)
+        if sizes is not None:
+            pruned.resize(model, sizes)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != PROJECTION}
+    projection = state.pop(PROJECTION, None)
     ctranslate2.check_tensors(source, expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
     if projection is not None and not torch.equal(projection, state[_EMBEDDING]):
-        raise ModelError(f"{source}: {_PROJECTION} is not the token embedding, and the bundle stores only one of them")
+        raise ModelError(f"{source}: {PROJECTION} is not the token embedding, and the bundle stores only one of them")
     state = {name: state.pop(name).float() for name in list(state)}  # one after the other: never two copies of all
     _check_values(state, source)
-    model.load_state_dict({**state, _PROJECTION: state[_EMBEDDING]}, assign=True)
+    model.load_state_dict({**state, PROJECTION: state[_EMBEDDING]}, assign=True)
     model.tie_weights()
     model.train(mode=False)
     return model.requires_grad_(requires_grad=False)
@@ -207,7 +210,7 @@ def _check_values(state: Mapping[str, torch.Tensor], source: str) -> None:
 
 def hash_tensors(model: WhisperForConditionalGeneration) -> str:
     """SHA-256 of a checkpoint's tensors."""
-    return hash_state({name: tensor for name, tensor in model.state_dict().items() if name != _PROJECTION})
+    return hash_state({name: tensor for name, tensor in model.state_dict().items() if name != PROJECTION})
 
 
 def hash_state(state: Mapping[str, torch.Tensor]) -> str:
@@ -231,7 +234,7 @@ def _assemble(
         generation = Generation(
             suppress_tokens=_token_ids(settings.get("suppress_tokens"), config.vocab_size),
             begin_suppress_tokens=_token_ids(settings.get("begin_suppress_tokens"), config.vocab_size),
-            alignment_heads=_alignment_heads(settings.get("alignment_heads"), config),
+            alignment_heads=pruned.alignment_heads(settings.get("alignment_heads"), model),
             lang_ids=_lang_ids(tokenizer) if multilingual else {},
             **_special_ids(tokenizer, source),
         )
@@ -268,11 +271,3 @@ def _lang_ids(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
 
 def _token_ids(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
     return tuple(i for i in ids or () if 0 <= i < vocab_size)  # a pruned vocabulary may have kept its parent's list
-
-
-def _alignment_heads(heads: list[list[int]] | None, config: WhisperConfig) -> tuple[tuple[int, int], ...]:
-    """Return the heads named; those of the upper half of the decoder where none is, or a pruned model's parent's."""
-    n_layers, n_heads = config.decoder_layers, config.decoder_attention_heads
-    if heads and all(layer < n_layers and head < n_heads for layer, head in heads):
-        return tuple((layer, head) for layer, head in heads)
-    return tuple((layer, head) for layer in range(n_layers // 2, n_layers) for head in range(n_heads))

@@ -55,7 +55,15 @@ class GraphSpec(msgspec.Struct, frozen=True):
         return [(t.name, t.name) for t in self.inputs if t.name in outputs]
 
 
-class Dims(msgspec.Struct, frozen=True):
+class LayerHeads(msgspec.Struct, frozen=True):
+    """Attention heads of each layer."""
+
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]  # of its attention to the text
+    cross: tuple[int, ...]  # of its attention to the audio
+
+
+class Dims(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sizes of the model, named as in openai/whisper's ModelDimensions."""
 
     n_mels: int
@@ -65,11 +73,19 @@ class Dims(msgspec.Struct, frozen=True):
     n_text_layer: int
     n_vocab: int
     n_text_ctx: int  # tokens that the self-attention state has room for
+    layer_heads: LayerHeads | None = None  # of a pruned model; None: `n_head` everywhere
 
     @property
     def d_head(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_head
+
+    def heads(self, kind: str) -> tuple[int, ...]:
+        """Attention heads by layer; `kind` is one of those of `kv_names`."""
+        is_text = kind in ("self", "cross")
+        if self.layer_heads is None:
+            return (self.n_head,) * (self.n_text_layer if is_text else self.n_audio_layer)
+        return {"self": self.layer_heads.decoder, "cross": self.layer_heads.cross}.get(kind, self.layer_heads.encoder)
 
 
 class StreamSpec(msgspec.Struct, frozen=True):
@@ -146,6 +162,12 @@ class Bundle(msgspec.Struct, frozen=True):
 def kv_names(kind: str, n_layer: int) -> list[str]:
     """Names of the key and value tensors of a kind of attention: "self", "cross", "past" or "new" (streaming)."""
     return [f"{kind}_{part}_{layer}" for layer in range(n_layer) for part in "kv"]
+
+
+def kv_shapes(dims: Dims, kind: str, n: int) -> dict[str, tuple[int, int, int]]:
+    """Shapes by those names, over n frames or tokens: keys (n_head, n, d_head), values (n_head, d_head, n)."""
+    heads, parts = dims.heads(kind), {"k": (n, dims.d_head), "v": (dims.d_head, n)}
+    return {f"{kind}_{part}_{i}": (n_head, *parts[part]) for i, n_head in enumerate(heads) for part in "kv"}
 
 
 def write(path: Path, model: Path, manifest: Manifest, tokenizer_json: bytes) -> None:
