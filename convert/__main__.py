@@ -81,7 +81,7 @@ def distil(
     """Teach a checkpoint's encoder to stream. Interrupted, it goes on from its last checkpoint."""
     from . import distil as distilling
     from . import model, tables
-    from .corpus import Source
+    from .speechset import Source
 
     distilling.check_target(out)
     settings = distilling.Settings(seed=seed)

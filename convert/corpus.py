@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,12 @@ from whisperlet.audio import SAMPLE_RATE, Float32, seconds
 from whisperlet.errors import ConfigError
 
 from . import speechset, streaming
-from .speechset import SUFFIXES, Clip
+from .speechset import SUFFIXES, Clip, Source
 
 LONGEST_S = 20.0  # longer recordings are cut into pieces
 SHORTEST_S = 0.5
 N_HELD_OUT = 3  # batches of `HELD_OUT_SIZE` that are measured on and, where there are enough, never trained on
 HELD_OUT_SIZE = 4
-
-
-@dataclass(frozen=True)
-class Source:
-    """A set of recordings, or the first `limit` of it."""
-
-    path: Path
-    limit: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Source:
-        """`FOLDER`, `MANIFEST`, or either with `:N` for its first N recordings."""
-        path, separator, limit = text.rpartition(":")
-        return cls(Path(path), int(limit)) if separator and limit.isdecimal() else cls(Path(text))
 
 
 class Corpus:
@@ -44,12 +29,19 @@ class Corpus:
     Raises ConfigError if a source is not there, cannot be read, or all of them hold nothing to train on.
     """
 
-    def __init__(self, sources: Sequence[Source], n_mels: int, advance: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        n_mels: int,
+        advance: Callable[[str], None] = lambda _: None,
+        at_most: int | None = None,  # recordings, evenly taken of all
+    ) -> None:
         self._described: list[dict[str, Any]] = []
         self.by_language: dict[str, list[Tensor]] = defaultdict(list)
         found = [(source.path.name, find(source.path)[: source.limit]) for source in sources]
+        every = -(-sum(len(recordings) for _, recordings in found) // at_most) if at_most else 1
         for name, recordings in found:
-            self._add(name, recordings, n_mels, advance)
+            self._add(name, recordings[::every], n_mels, advance)
         if not any(self.by_language.values()):
             names = ", ".join(str(source.path) for source in sources)
             raise ConfigError(f"{names}: too little audio to train on: no recording is {SHORTEST_S} s long")
@@ -88,6 +80,11 @@ class Corpus:
                 break
             batch.append(clip)
         return batch
+
+    def __len__(self) -> int:
+        """Utterances, those held out included."""
+        every = [*self.by_language.values(), *self.held_out]
+        return len({id(clip) for clips in every for clip in clips})
 
     def described(self) -> list[dict[str, Any]]:
         """Name, clips and seconds of each source."""

@@ -9,12 +9,10 @@ An adapter that will stay beside the encoder's matrices, for streaming alone, ne
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import random
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,12 @@ from torch import Tensor
 from whisperlet.errors import ConfigError, ModelError
 
 from . import adapter, losses, streaming
-from .corpus import Corpus, Source
+from .corpus import Corpus
 from .machine import describe
 from .model import Checkpoint
+from .speechset import Source
+from .training import Run, mean
 
-CHECKPOINT = "checkpoint.pt"
 ROWS_PER_FRAME = 6  # computed for a frame of audio; where a step's overlap takes more, the batch is smaller: memory
 
 
@@ -82,53 +81,26 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     machine: str
 
 
-class Training:
-    """Everything that a run carries from step to step, and how it is saved."""
+class Training(Run):
+    """An encoder that learns to stream."""
+
+    point = Point
 
     def __init__(self, checkpoint: Checkpoint, corpus: Corpus, settings: Settings, start: Path | None = None) -> None:
-        self.checkpoint, self.corpus, self.settings = checkpoint, corpus, settings
+        self.checkpoint, self.corpus = checkpoint, corpus
         torch.manual_seed(settings.seed)
         self.encoder: Any = checkpoint.model.model.encoder
         self.start = _attach(self.encoder, settings, start, checkpoint.sha256)
-        self.parameters = [p for p in self.encoder.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
-        self.step = 0
-        self.seconds = 0.0
-        self.losses: list[float] = []
-        self.curve: list[Point] = []
+        super().__init__(settings, [p for p in self.encoder.parameters() if p.requires_grad])
 
-    def run(self, work: Path, on_step: Callable[[Training], None] = lambda _: None) -> None:
-        """Train to the last step, from where `work` says that an earlier run was."""
-        self._resume(work)
-        if not self.curve:
-            self._measure()
-        while self.step < self.settings.steps:
-            began = time.monotonic()
-            self.losses.append(self._train_step())
-            self.step += 1
-            self.seconds += time.monotonic() - began
-            if self.step % self.settings.gap_every == 0 or self.step == self.settings.steps:
-                self._measure()
-            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
-                self._save(work)
-            on_step(self)
-
-    def _train_step(self) -> float:
-        """One batch, streamed and whole. What is drawn depends on seed and step alone, so a resumed run is the same."""
+    def loss(self, rng: random.Random) -> float:
+        """One batch, streamed and whole."""
         settings = self.settings
-        rng = random.Random(f"{settings.seed} {self.step}")
         silence = rng.randint(*settings.silence)
         chunk, overlap = rng.choice(settings.chunks), rng.choice(settings.overlaps)
         width = chunk + overlap + settings.padding
         n_frames = min(settings.batch_frames, settings.batch_frames * ROWS_PER_FRAME * chunk // width)
-        clips = self.corpus.batch(rng, n_frames, silence)
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * self._rate()
-        loss = self._loss(clips, silence, chunk, overlap)
-        torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        return loss
+        return self._loss(self.corpus.batch(rng, n_frames, silence), silence, chunk, overlap)
 
     def _loss(self, clips: Sequence[Tensor], silence: int, chunk: int, overlap: int) -> float:
         """Leaves its gradients on the parameters; the two halves one after the other, for the sake of memory."""
@@ -143,7 +115,7 @@ class Training:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             whole = streaming.full(self.encoder, power)
         short = self.settings.whole_weight * losses.mean_error(whole.float(), target, lengths)
-        short.backward()  # type: ignore[no-untyped-call]
+        short.backward()
         return float(streamed.detach() + short.detach())
 
     def _streamed(self, power: Tensor, chunk: int, overlap: int) -> Tensor:
@@ -159,16 +131,9 @@ class Training:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), adapter.without(self.encoder):
             return streaming.full(self.encoder, power)[:, : n_frames + silence].float()
 
-    def _rate(self) -> float:
-        """Linear warm-up, then half a cosine down to `final_rate`."""
-        settings, step = self.settings, self.step
-        if step < settings.warmup_steps:
-            return (step + 1) / settings.warmup_steps
-        progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-        return settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
-
     @torch.no_grad()
-    def _measure(self) -> None:
+    def measured(self) -> Point:
+        """The gap now."""
         streamed, short = [], []
         for clips in self.corpus.held_out:
             target, lengths = self._teacher(clips, 64), losses.own_frames(clips, 64)
@@ -178,42 +143,21 @@ class Training:
                 whole = streaming.full(self.encoder, power).float()
             streamed.append(float(losses.stream_error(frames, target, lengths, 15, 0.0)))
             short.append(float(losses.mean_error(whole, target, lengths)))
-        self.curve.append(Point(self.step, _mean(self.losses) if self.losses else None, _mean(streamed), _mean(short)))
-        self.losses = []
+        return Point(self.step, mean(self.losses) if self.losses else None, mean(streamed), mean(short))
 
-    def _identity(self) -> dict[str, Any]:
-        """What a run must have in common with the one that it goes on with."""
+    def identity(self) -> dict[str, Any]:
+        """Settings, checkpoint, audio and the adapter that was begun with."""
         settings, data = msgspec.json.encode(self.settings), msgspec.json.encode(self.corpus.described())
         start = self.start["sha256"] if self.start else None
         return {"settings": settings, "source": self.checkpoint.sha256, "data": data, "start": start}
 
-    def _save(self, work: Path) -> None:
-        """A checkpoint; an interruption leaves the last one whole."""
-        work.mkdir(parents=True, exist_ok=True)
-        partial = work / "checkpoint.partial"
-        curve = msgspec.json.encode(self.curve)
-        progress = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "curve": curve}
-        tensors = {"adapter": adapter.state(self.encoder), "optimiser": self.optimiser.state_dict()}
-        torch.save({**self._identity(), **progress, **tensors}, partial)
-        partial.replace(work / CHECKPOINT)
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's."""
+        return adapter.state(self.encoder)
 
-    def _resume(self, work: Path) -> None:
-        """Go on from the checkpoint, if there is one. Raises ModelError if it is damaged, or not of such a run."""
-        path = work / CHECKPOINT
-        if not path.is_file():
-            return
-        try:
-            saved = torch.load(path, weights_only=True)
-            is_ours = all(saved.get(key, value) == value for key, value in self._identity().items())
-            if is_ours:
-                self.step, self.seconds, self.losses = saved["step"], saved["seconds"], saved["losses"]
-                self.curve = msgspec.json.decode(saved["curve"], type=list[Point])
-                adapter.restore(self.encoder, saved["adapter"])
-                self.optimiser.load_state_dict(saved["optimiser"])
-        except Exception as error:  # unpickling alone raises five kinds
-            raise ModelError(f"{path}: is damaged; remove it to begin anew") from error
-        if not is_ours:
-            raise ModelError(f"{path}: is of a run with other settings, audio or checkpoint; remove it to begin anew")
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put them back."""
+        adapter.restore(self.encoder, tensors)
 
     def write(self, target: Path) -> Record:
         """The adapter and, beside it, how it came about."""
@@ -287,8 +231,3 @@ def distil(
     record = training.write(target)
     shutil.rmtree(work, ignore_errors=True)
     return record
-
-
-def _mean(values: Sequence[float]) -> float:
-    """To four digits."""
-    return float(f"{sum(values) / len(values):.4g}")

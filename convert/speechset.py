@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -73,3 +74,17 @@ def audio(path: Path) -> Float32:
         raise ConfigError(f"{path}: cannot be trained on: some samples are not numbers")
     resampled: Float32 = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
     return resampled
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of recordings, or the first `limit` of it."""
+
+    path: Path
+    limit: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """`FOLDER`, `MANIFEST`, or either with `:N` for its first N recordings."""
+        path, separator, limit = text.rpartition(":")
+        return cls(Path(path), int(limit)) if separator and limit.isdecimal() else cls(Path(text))

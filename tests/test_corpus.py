@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert import corpus, speechset
-from convert.corpus import Corpus, Source
+from convert.corpus import Corpus
+from convert.speechset import Source
 from whisperlet.audio import HOP_LENGTH, SAMPLE_RATE, to_float32
 from whisperlet.errors import ConfigError
 from whisperlet.logmel import SILENCE
@@ -48,6 +49,14 @@ def read(*folders):
 
 
 # what is read
+
+
+def test_a_few_of_many(tmp_path):
+    folders = [write(tmp_path / name, *(0.6 + 0.1 * i for i in range(n))) for name, n in (("a", 8), ("b", 3))]
+    few = Corpus([Source(folder) for folder in folders], N_MELS, at_most=4)
+    assert [source["clips"] for source in few.described()] == [3, 1]
+    assert len(few) == 4
+    assert len(read(*folders)) == 11
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from test_corpus import write
 
 from convert import adapter, distil, losses, model, streaming
 from convert.__main__ import main
-from convert.corpus import Corpus, Source
+from convert.corpus import Corpus
 from convert.distil import Settings, Training
+from convert.speechset import Source
 from whisperlet.errors import ConfigError, ModelError
 
 QUICK = Settings(
@@ -179,7 +180,7 @@ def forget(key):
 
 
 @pytest.mark.parametrize(
-    "damage", [cut, replace_with_text, replace_with_a_list, forget("step"), forget("optimiser"), forget("adapter")]
+    "damage", [cut, replace_with_text, replace_with_a_list, forget("step"), forget("optimiser"), forget("trained")]
 )
 def test_a_damaged_checkpoint(folder, audio, work, damage):
     damage(work / "checkpoint.pt")
