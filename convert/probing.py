@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from . import pruned, refit, sensitivity, sublayers
-from .utterances import Batch
 from .search import Cut
 from .sensitivity import Row, Sensitivity
 from .sublayers import CROSS, FFN, Sublayer
+from .utterances import Batch
 
 UNIT, AMOUNT_UNIT = "KL divergence, nats per token", "share removed"
 _KINDS = {FFN: "channels", CROSS: "cross heads"}

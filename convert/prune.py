@@ -25,11 +25,11 @@ from .stages import CHECKPOINTS, Stage, StageReport, located
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .utterances import Batch, Lessons
     from .model import Checkpoint
     from .search import Cut
     from .sensitivity import Sensitivity
     from .sublayers import Sublayer
+    from .utterances import Batch, Lessons
 
 TEACHER = "teacher"  # folder in the result: the checkpoint before pruning
 N_FRAMES_WITH_GRADIENTS = 3000  # in a batch whose activations are kept for the way back

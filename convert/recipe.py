@@ -14,6 +14,8 @@ from whisperlet.audio import WINDOW_FRAMES
 from whisperlet.errors import ConfigError
 
 from .finetune import Finetune
+from .heal import Heal
+from .prune import Prune
 from .stages import Stage, tag
 
 
@@ -90,7 +92,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 # A stage that changes the checkpoint is added here, and nowhere else; see `stages.Stage`.
-AnyStage: TypeAlias = Finetune | Adapter | Export | Quantise | Package
+AnyStage: TypeAlias = Finetune | Prune | Heal | Adapter | Export | Quantise | Package
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import importance, sublayers
-from .utterances import Batch
 from .sublayers import Sublayer
+from .utterances import Batch
 
 RIDGE = 0.01  # of the mean second moment
 

@@ -12,10 +12,10 @@ from test_corpus import write
 
 from convert import importance, model, probing, prune, pruned, refit, search, sensitivity, sublayers
 from convert.corpus import Corpus
-from convert.utterances import Lessons
 from convert.prune import Prune
 from convert.search import Cut
 from convert.speechset import Source
+from convert.utterances import Lessons
 from whisperlet.errors import ConfigError
 
 HALF_ENCODER = Cut("encoder.0.ffn", "encoder.0", 48, 1000, 0.5)
