@@ -48,8 +48,19 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="A .tflite bundle.")]) -
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A .tflite bundle; or a source as in a recipe: PyTorch, full window.")],
-    manifest: Annotated[Path, typer.Argument(help="manifest.jsonl of a set of recordings, or its folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A .tflite bundle; a source as in a recipe: PyTorch, full window; or what --json wrote."),
+    ],
+    manifest: Annotated[
+        Path | None, typer.Argument(help="manifest.jsonl of a set of recordings, or its folder; not for a .json.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another such model, on the same clips: differences with 95 % intervals.")
+    ] = None,
+    terms: Annotated[
+        Path | None, typer.Option(help="A list of terms, one a line: precision, recall and F1. Else of the slots.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N clips.")] = None,
     max_s: Annotated[float | None, typer.Option(min=0, help="Leave out clips that are longer, in seconds.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -58,13 +69,17 @@ def evaluate(
     pace: Annotated[bool, typer.Option("--pace", help="In real time with partials; gives latencies.")] = False,
     detect_language: Annotated[bool, typer.Option("--detect-language", help="Ignore the manifest's.")] = False,
 ) -> None:
-    """Score a bundle on recordings, through the agent's engine process."""
-    from . import speechset, tables
+    """Score a bundle on recordings, through the agent's engine process; or compare two."""
+    from . import evaluation_tables, speechset, tables, trials
+    from .entities import read_terms
     from .evaluate import Options
 
-    clips = speechset.read(manifest, limit, max_s)
     options = Options(threads=threads, segment=segment, pace=pace, detect_language=detect_language)
-    tables.run_evaluation(model, manifest, clips, options, json)
+    clips = speechset.read(manifest, limit, max_s) if manifest else None
+    listed = read_terms(terms) if terms else []
+    models = [model, against] if against else [model]
+    ready = [trials.trial(name, manifest, clips, options, listed) for name in models]
+    evaluation_tables.run(ready, len(clips or []), json, tables.CONSOLE, tables.BARS)
 
 
 @app.command()

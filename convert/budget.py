@@ -9,9 +9,9 @@ import msgspec
 
 from whisperlet.errors import ModelError
 
-from . import disk, evaluate, model, speechset
-from .evaluation import summary
+from . import disk, evaluate, model, scoring, speechset
 from .recipe import Budget
+from .scored import Scored
 from .speechset import Clip
 from .stages import Result, Stage, located, tag
 
@@ -47,9 +47,8 @@ def error_percent(result: Result, clips: Sequence[Clip], root: Path, advance: Ca
     if path.is_file():
         return msgspec.json.decode(path.read_bytes(), type=float)
     checkpoint = model.load_directory(result.folder, result.folder.name)
-    scored = evaluate.evaluate_reference(checkpoint, clips, evaluate.Options(), advance)
-    found = summary("", "", scored, None, {"threads": 0}, None)
-    rate = found.wer if found.wer is not None else found.cer
+    scored, _ = evaluate.evaluate_reference(checkpoint, clips, evaluate.Options(), advance)
+    rate = scored_error_percent(scored)
     if rate is None:
         raise ModelError("the recordings of the budget have no texts to score against")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +56,18 @@ def error_percent(result: Result, clips: Sequence[Clip], root: Path, advance: Ca
     partial.write_bytes(msgspec.json.encode(rate))
     partial.replace(path)
     return rate
+
+
+def scored_error_percent(scored: Sequence[Scored]) -> float | None:
+    """Of words, in the languages that write them with spaces; of characters if there are only others."""
+    texts = [
+        (clip.language, (scoring.normalise(clip.ref, clip.language), scoring.normalise(clip.hyp, clip.language)))
+        for clip in scored
+        if clip.ref
+    ]
+    words = scoring.word_error_rate([pair for language, pair in texts if language not in scoring.SPACELESS])
+    rate = scoring.character_error_rate([pair for _, pair in texts]) if words is None else words
+    return None if rate is None else round(rate, 2)
 
 
 def losses(

@@ -14,6 +14,7 @@ from whisperlet.audio import SAMPLE_RATE, Float32
 from whisperlet.errors import ConfigError
 
 SUFFIXES = (".flac", ".ogg", ".opus", ".wav")  # of audio in a folder without a manifest
+NO_LANGUAGE = "none"  # of a clip without speech
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -24,6 +25,7 @@ class Entry(msgspec.Struct, frozen=True):
     text: str | None = None
     language: str = "en"
     duration_s: float | None = None
+    slots: dict[str, str] = {}
 
 
 class Clip(msgspec.Struct, frozen=True):
@@ -33,6 +35,12 @@ class Clip(msgspec.Struct, frozen=True):
     audio: Path
     text: str | None
     language: str
+    slots: dict[str, str] = {}  # what a spoken command asks for, by name
+
+    @property
+    def has_speech(self) -> bool:
+        """Whether anybody speaks, as far as is known: a text that is not given may still have been said."""
+        return bool(self.text or self.slots) or (self.text is None and self.language != NO_LANGUAGE)
 
 
 def read(manifest: Path, limit: int | None = None, max_s: float | None = None) -> list[Clip]:
@@ -47,7 +55,7 @@ def read(manifest: Path, limit: int | None = None, max_s: float | None = None) -
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     entries = [_entry(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     kept = [entry for entry in entries if max_s is None or (entry.duration_s or 0.0) <= max_s][:limit]
-    clips = [Clip(entry.id, path.parent / entry.audio, entry.text, entry.language) for entry in kept]
+    clips = [Clip(entry.id, path.parent / entry.audio, entry.text, entry.language, entry.slots) for entry in kept]
     if not clips:
         raise ConfigError(f"{path}: names no clips")
     missing = [clip.audio.name for clip in clips if not clip.audio.is_file()]

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import model as models
 from .distil import Record
-from .evaluate import Options, evaluate_bundle, evaluate_reference
-from .evaluation import Evaluation, Percentiles, summary
 from .inspection import Contents
 from .pipeline import Report
-from .speechset import Clip
 from .stages import StageReport
 
 CONSOLE = Console()
@@ -85,51 +75,5 @@ def show_finetuning(report: StageReport, console: Console) -> None:
     console.print(f"{report.seconds / 60:.0f} min on {details['machine']}, {details['precision']}", highlight=False)
 
 
-def run_evaluation(model: str, manifest: Path, clips: list[Clip], options: Options, json: Path | None) -> None:
-    """Evaluate with a bar, show the figures, write them."""
-    path, asked = Path(model), msgspec.to_builtins(options)
-    with _bar(len(clips)) as advance:
-        if path.suffix == ".tflite":
-            scored, usage = evaluate_bundle(path, clips, options, advance)
-            result = summary(path.name, str(manifest), scored, usage, asked, path.stat().st_size)
-        else:
-            scored = evaluate_reference(models.load(model), clips, options, advance)
-            result = summary(model, str(manifest), scored, None, asked, None)
-    if json:
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
-    show_evaluation(result, CONSOLE)
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=BARS) as progress:
-        task = progress.add_task("clips", total=total)
-        yield lambda: progress.advance(task)
-
-
-def show_evaluation(result: Evaluation, console: Console) -> None:
-    """One row a figure."""
-    table = Table("figure", "value", title=f"{result.model} on {result.manifest}")
-    table.add_row("clips, audio", f"{result.n}, {result.audio_s / 60:.1f} min")
-    if result.n_without_text:
-        table.add_row(
-            "clips without text, of these with words heard", f"{result.n_without_text}, {result.n_hallucinated}"
-        )
-    table.add_row("word error rate", _percent(result.wer))
-    table.add_row("character error rate", _percent(result.cer))
-    table.add_row("decision to final, p50 / p95", _latency(result.finalise_ms))
-    table.add_row("last voiced sample to final, p50 / p95", _latency(result.end_to_final_ms))
-    if result.core_s_per_audio_s is not None:
-        table.add_row("core-seconds per second of audio", f"{result.core_s_per_audio_s:.3f}")
-        table.add_row("engine process, peak resident", f"{result.rss_mb:.0f} MB")
-    table.add_row("machine, threads", f"{result.machine}, {result.threads}")
-    console.print(table)
-
-
 def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.2f} %"
-
-
-def _latency(value: Percentiles | None) -> str:
-    return "-" if value is None else f"{value.p50:.0f} / {value.p95:.0f} ms"
