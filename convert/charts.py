@@ -24,8 +24,7 @@ COLOURS = {
     "#060606": "var(--c4)",
 }
 INK, FAINT, *SERIES = COLOURS
-MARKERS = "osD^v<>P"  # told apart without colour, too
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "whisperlet",
     "text.parse_math": False,  # names of models are no formulas
@@ -68,8 +67,8 @@ def pareto(points: Sequence[Point], error_name: str) -> str:
                 point.megabytes, point.error, _whiskers(point), fmt="o" if is_best else "s", color=colour, capsize=3,
                 ms=7, mfc=colour if is_best else "none",
             )  # fmt: skip
-            place = {"xytext": (9, 5), "textcoords": "offset points", "fontsize": 9}
-            axes.annotate(point.label, (point.megabytes, point.error), **place)
+            where = (point.megabytes, point.error)
+            axes.annotate(point.label, where, xytext=(9, 5), textcoords="offset points", fontsize=9)
         axes.margins(x=0.25, y=0.15)
         axes.grid(visible=True)
         axes.set(xlabel="size of the bundle (MB)", ylabel=f"{error_name} (%)")

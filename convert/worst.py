@@ -42,8 +42,8 @@ class Utterance(msgspec.Struct, frozen=True, kw_only=True):
 
 def worst(found: Evaluation, n: int) -> list[Utterance]:
     """Up to `n` clips with the most faults, and the shorter of two with as many."""
-    entities_of = entities.found(found.utterances, found.terms) or [None] * len(found.utterances)
-    ranked = [(faults(clip, of), clip) for clip, of in zip(found.utterances, entities_of, strict=True)]
+    said = entities.found(found.utterances, found.terms)
+    ranked = [(faults(clip, said[i] if said else None), clip) for i, clip in enumerate(found.utterances)]
     ranked = sorted((pair for pair in ranked if pair[0]), key=lambda pair: (-pair[0], pair[1].duration_s, pair[1].id))
     paths, why = _paths(found)
     return [_utterance(clip, count, paths.get(clip.id), why) for count, clip in ranked[:n]]
@@ -75,12 +75,12 @@ def difference(clip: Scored) -> list[Word]:
     said, heard = split(clip.ref or "", clip.language), split(clip.hyp, clip.language)
     gap = "" if clip.language in scoring.SPACELESS else " "
     words = []
-    for step in Levenshtein.opcodes(said, heard).as_list():
-        tag, said_from, said_to, heard_from, heard_to = step
-        if tag == "equal":
-            words.append(Word("equal", gap.join(said[said_from:said_to])))
+    for step in Levenshtein.opcodes(said, heard):
+        missed, invented = said[step.src_start : step.src_end], heard[step.dest_start : step.dest_end]
+        if step.tag == "equal":
+            words.append(Word("equal", gap.join(missed)))
             continue
-        for kind, texts in (("missed", said[said_from:said_to]), ("invented", heard[heard_from:heard_to])):
+        for kind, texts in (("missed", missed), ("invented", invented)):
             words += [Word(kind, gap.join(texts))] if texts else []
     return words
 
