@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install -qq --no-input
 BUNDLE := build/$(RECIPE).tflite
-BYSTANDERS := __init__ __main__ charts comparison distil entities evaluation evaluation_tables heatmap inspection intervals metrics report results tables trials worst# modules that a build does not use
+BYSTANDERS := __init__ __main__ artefacts charts comparison distil entities evaluation evaluation_tables heatmap inspection intervals metrics onnx2tf onnx_export report results tables trials worst# modules that a build does not use
 BUNDLE_SOURCES := $(sort $(filter-out $(BYSTANDERS:%=convert/%.py),$(wildcard convert/*.py)) \
 	$(wildcard convert/adapters/* convert/golden/* whisperlet/*.py) convert/recipes/$(RECIPE).toml) constraints.txt
 CACHE := $(or $(WHISPERLET_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/whisperlet)/bundles

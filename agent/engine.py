@@ -281,6 +281,11 @@ def load_engine(bundle: Bundle, threads: int, cache_dir: Path) -> Engine:
         raise BundleError(
             f"{bundle.path}: no runtime to run it on: install ai-edge-litert, or tflite-runtime where that has no wheel"
         ) from None
+    if bundle.manifest.litert_only:
+        raise BundleError(
+            f"{bundle.path}: has {bundle.manifest.litert_only}, which tflite-runtime cannot compute with: install "
+            'ai-edge-litert, or take a bundle whose recipe says linear = "int8"'
+        )
     return InterpreterEngine(bundle, threads, Interpreter)
 
 

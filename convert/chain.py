@@ -30,7 +30,7 @@ def stages_dir() -> Path:
 
 def check(recipe: Recipe) -> None:
     """Raise ConfigError with everything that would stop one of the stages, or the check of the budget."""
-    stages.check(recipes.model_stages(recipe))
+    stages.check(recipe.stages)
     if recipe.budget:
         budgets.clips_of(recipe.budget)
 

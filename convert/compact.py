@@ -7,7 +7,7 @@ flatbuffer, reached by offset, each aligned as the runtime wants it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,19 @@ class _Once:
         return self.offset
 
 
-def compact(sources: Sequence[Path], target: Path) -> None:
-    """Rewrite the signatures of several .tflite files as one."""
+def compact(
+    sources: Sequence[Path], target: Path, change: Callable[[Any, list[bytes]], object] = lambda _model, _contents: None
+) -> None:
+    """Rewrite the signatures of several .tflite files as one.
+
+    `change` may rewrite the merged model before scales leave the weights; it is given its objects and the buffers' bytes.
+    """
     models, contents = zip(*(_read(path) for path in sources), strict=True)
     model, content = models[0], contents[0]
     for other, its_content in zip(models[1:], contents[1:], strict=True):
         _append(model, other)
         content += its_content
+    change(model, content)
     move_scales_out(model, content)
     _share_buffers(model, content)
     _share_quantisation(model)
@@ -93,7 +99,7 @@ def _share_quantisation(model: Any) -> None:
     first: dict[bytes, _Once] = {}
     for tensor in _tensors(model):
         q = tensor.quantization
-        if q is None:
+        if q is None or q.details is not None:  # blocks: their scales are a tensor of one graph
             continue
         vectors = [np.asarray([] if v is None else v) for v in (q.scale, q.zeroPoint)]
         key = repr(q.quantizedDimension).encode() + b"|".join(v.tobytes() for v in vectors)

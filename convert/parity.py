@@ -4,7 +4,7 @@ Whisper's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from whisperlet.bundle import Dims
 from whisperlet.errors import ModelError
 from whisperlet.logmel import log_mel
 
+from . import mixed
 from .fold import FoldedWhisper
 from .graphs import Decode, Encode, Module, Stream, by_layer, signatures
+from .int4 import Packed
 from .recipe import Export
 
 Tensors = dict[str, NDArray[Any]]
@@ -127,22 +129,34 @@ class Runner:
 
 @torch.inference_mode()
 def compare_signatures(
-    probe: Probe, float_paths: Sequence[Path], int8_path: Path, on_signature: Callable[[str], None] = lambda _: None
+    probe: Probe,
+    float_paths: Sequence[Path],
+    int8_path: Path,
+    on_signature: Callable[[str], None] = lambda _: None,
+    packed: Mapping[str, Packed] | None = None,
 ) -> list[SignatureParity]:
-    """One row a signature. Raises ModelError where one is further off than rounding explains."""
+    """One row a signature. Raises ModelError where one is further off than rounding explains.
+
+    `packed` are the matrices of four bits; the smaller file is to compute what the modules do with these.
+    """
     rows = []
+    matrices, values = mixed.matrices(probe.whisper), {name: one.values() for name, one in (packed or {}).items()}
     # Nine decoder graphs would unpack their float matrices nine times, 2 GB; the encoder's are too slow without.
     runners = Runner(float_paths, plain="decode_"), Runner([int8_path])
     for spec, module in signatures(probe.whisper, probe.dims, probe.stage):
         on_signature(spec.name)
         inputs = probe.inputs(module)
         expected = {key: value.numpy() for key, value in module(**inputs).items()}
+        rounded = expected
+        if values:
+            with mixed.swapped(matrices, values):
+                rounded = {key: value.numpy() for key, value in module(**inputs).items()}
         from_float, from_int8 = (runner.run(spec.name, inputs) for runner in runners)
         row = SignatureParity(
             spec.name,
             float_max_abs=_max_abs(expected, from_float),
-            int8_max_abs=_max_abs(expected, from_int8),
-            int8_cosine=min(cosine(expected[key], from_int8[key]) for key in expected),
+            int8_max_abs=_max_abs(rounded, from_int8),
+            int8_cosine=min(cosine(rounded[key], from_int8[key]) for key in expected),
         )
         if not (row.float_max_abs <= MAX_FLOAT_ERROR and row.int8_cosine >= MIN_INT8_COSINE):
             raise ModelError(f"{spec.name} does not compute what the checkpoint does: {row}")

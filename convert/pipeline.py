@@ -21,11 +21,26 @@ from whisperlet import bundle
 from whisperlet.bundle import GraphSpec, Manifest
 from whisperlet.errors import ModelError
 
-from . import adapter, chain, compact, disk, evaluate, export, graphs, model, parity, quantise, reference, stages
+from . import (
+    adapter,
+    chain,
+    compact,
+    disk,
+    evaluate,
+    export,
+    four_bits,
+    graphs,
+    model,
+    parity,
+    quantise,
+    reference,
+    stages,
+)
 from . import recipe as recipes
 from .budget import Loss
 from .fold import FoldedWhisper, LowRank
 from .machine import peak_rss_mb
+from .mixed import Precision
 from .parity import SignatureParity, TextParity
 from .recipe import Export, Package, Quantise, Recipe
 from .stages import StageReport
@@ -48,6 +63,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     texts: list[TextParity]
     stages: list[StageReport] = []  # those that changed the checkpoint
     losses: list[Loss] = []  # what they cost, if the recipe has a budget
+    precision: Precision | None = None  # bits by matrix, if some have four
 
 
 class Build:
@@ -62,6 +78,7 @@ class Build:
         self.model = work / "model.tflite"
         self.graphs: list[GraphSpec] = []
         self.floats: list[Path] = []
+        self.mixture = four_bits.Mixture({}, None)
 
     @contextlib.contextmanager
     def step(self, name: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
@@ -139,16 +156,27 @@ class Build:
             for source, target in zip(self.floats, quantised, strict=True):
                 quantise.quantise(stage, source, target)
             compact.compact(quantised, self.model)
+        if stage.linear != "int8":
+            with self.step("four bits") as advance:
+                ids = reference.vocabulary(self.checkpoint)
+                self.mixture = four_bits.apply(
+                    stage, self.whisper, ids, quantised, self.model, lambda: self._draft().stat().st_size, advance
+                )
+
+    def _draft(self) -> Path:
+        """A bundle with the model as it is now."""
+        draft = self.work / "draft.tflite"
+        bundle.write(draft, self.model, self.manifest(), minified(self.checkpoint.tokenizer_json))
+        return draft
 
     def check(self, stage: Export) -> None:
         """Compare every signature, then the text of the golden clips."""
-        probe = parity.Probe(self.whisper, self.dims, stage, self._probe_tokens())
+        probe = parity.Probe(self.whisper, self.dims, stage, self.prompt())
         with self.step("compare", stage.n_signatures) as advance:
             self.folding_max_abs = parity.folding_error(self.checkpoint.model, probe)
-            self.parity = parity.compare_signatures(probe, self.floats, self.model, advance)
+            self.parity = parity.compare_signatures(probe, self.floats, self.model, advance, self.mixture.packed)
         with self.step("listen"):
-            draft = self.work / "draft.tflite"
-            bundle.write(draft, self.model, self.manifest(), minified(self.checkpoint.tokenizer_json))
+            draft = self._draft()
             names, clips = zip(*parity.golden_clips(), strict=True)
             expected = evaluate.reference_texts(self.checkpoint, clips, self._language())
             heard = evaluate.bundle_texts(draft, clips, self._language())
@@ -168,6 +196,7 @@ class Build:
             source_sha256=self.source_sha256,
             recipe=recipes.as_dict(self.recipe) | self._done(),
             tools={name: version(name) for name in TOOLS},
+            litert_only="matrices of four bits" if self.mixture.packed else "",
         )
 
     def _done(self) -> dict[str, Any]:
@@ -197,9 +226,10 @@ class Build:
             texts=self.texts,
             stages=self.chain.reports,
             losses=self.chain.losses,
+            precision=self.mixture.precision,
         )
 
-    def _probe_tokens(self) -> list[int]:
+    def prompt(self) -> list[int]:
         """The prompt of a transcript."""
         ids = reference.vocabulary(self.checkpoint)
         head = [ids.sot] if ids.transcribe is None else [ids.sot, ids.languages[self._language()], ids.transcribe]
@@ -218,7 +248,7 @@ def build(recipe: Recipe, out: Path, console: Console) -> Report:
     with (
         disk.explained(out, "the build"),
         tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work,
-        _progress(console) as progress,
+        bars(console) as progress,
     ):
         job = Build(recipe, Path(work), progress)
         stage, quantising, packaging = job.stages
@@ -228,6 +258,8 @@ def build(recipe: Recipe, out: Path, console: Console) -> Report:
         job.check(stage)
         report = job.run_package(packaging, out / f"{recipe.name}.tflite")
     (out / f"{recipe.name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
+    if report.precision:
+        four_bits.record(report.precision, out, recipe.name)
     return report
 
 
@@ -236,7 +268,8 @@ def minified(tokenizer_json: bytes) -> bytes:
     return msgspec.json.encode(msgspec.json.decode(tokenizer_json))
 
 
-def _progress(console: Console) -> Progress:
+def bars(console: Console) -> Progress:
+    """What a build shows of its steps."""
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
 

@@ -28,7 +28,7 @@ def move_scales_out(model: Any, contents: list[bytes]) -> None:
     for graph in model.subgraphs:
         steps = [(op, rewriters.get(model.operatorCodes[op.opcodeIndex].builtinCode)) for op in graph.operators]
         weights = {int(op.inputs[1]) for op, rewrite in steps if rewrite}
-        scales = {i: _take_scales(graph.tensors[i], schema) for i in weights if _is_per_channel(graph.tensors[i])}
+        scales = {i: _take_scales(graph.tensors[i], schema) for i in weights if _is_rewritten(graph.tensors[i], schema)}
         graph.operators = []
         for operator, rewrite in steps:
             graph.operators.append(operator)
@@ -36,9 +36,10 @@ def move_scales_out(model: Any, contents: list[bytes]) -> None:
                 graph.operators += rewrite(graph, operator, scales[int(operator.inputs[1])])
 
 
-def _is_per_channel(weights: Any) -> bool:
+def _is_rewritten(weights: Any, schema: Any) -> bool:
+    """Whether there is one scale a channel. Those of four bits stay as they are: the old runtime cannot read them."""
     q = weights.quantization
-    return q is not None and q.scale is not None and len(q.scale) > 1
+    return q is not None and q.scale is not None and len(q.scale) > 1 and weights.type != schema.TensorType.INT4
 
 
 def _take_scales(weights: Any, schema: Any) -> NDArray[np.float32]:

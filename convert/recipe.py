@@ -16,7 +16,7 @@ from whisperlet.errors import ConfigError
 from .finetune import Finetune
 from .heal import Heal
 from .prune import Prune
-from .stages import Stage, tag
+from .stages import Stage, located, tag
 
 
 class Adapter(Stage, frozen=True, tag="adapter"):
@@ -61,10 +61,38 @@ class Export(Stage, frozen=True, tag="export"):
 
 
 class Quantise(Stage, frozen=True, tag="quantise"):
-    """Float .tflite -> smaller .tflite. Weights are quantised per output channel, activations as they come."""
+    """Float .tflite -> smaller .tflite. Weights are int8 per output channel, activations quantised as they come.
 
-    linear: Literal["int8"] = "int8"
+    Matrices may have four bits instead: all of some parts ("int4"), or of those parts as many as a budget asks for,
+    chosen by what each costs ("mixed"). Only ai-edge-litert computes with them.
+    """
+
+    linear: Literal["int8", "int4", "mixed"] = "int8"
     conv: Literal["int8", "float32"] = "int8"
+    max_bytes: int | None = None  # of the bundle, for "mixed"
+    # What may have four bits. Kernels for blocks are quicker than int8's over one token and several times as slow over
+    # many rows at once, as the encoder has them; the cross-attention's keys and values count as its part.
+    int4_parts: tuple[Literal["decoder", "embedding", "encoder"], ...] = ("decoder", "embedding")
+    int4_block: Literal[0, 32] = 32  # inputs that share a scale; 0: one scale an output, coarser and quick everywhere
+    calibration: str = ""  # folder of recordings that rounding is fitted to and costs are measured on
+    n_calibration: int = 48  # of these, spread over the set
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if (self.linear == "mixed") != (self.max_bytes is not None):
+            raise ValueError('quantise: max_bytes goes with linear = "mixed", and "mixed" with max_bytes')
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError("quantise: max_bytes must be positive")
+        if self.linear != "int8" and not self.calibration:
+            raise ValueError(f'quantise: linear = "{self.linear}" needs calibration: a folder of recordings')
+        if not self.int4_parts:
+            raise ValueError("quantise: int4_parts must name one part at least")
+        if self.n_calibration < 2:
+            raise ValueError("quantise: n_calibration must be 2 or more: some recordings check the others")
+
+    def inputs(self) -> list[Path]:
+        """The calibration recordings."""
+        return [located(self.calibration)] if self.calibration else []
 
 
 class Package(Stage, frozen=True, tag="package"):

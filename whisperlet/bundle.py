@@ -143,6 +143,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source_sha256: str
     recipe: dict[str, Any]
     tools: dict[str, str]  # name -> version
+    litert_only: str = ""  # what in it tflite_runtime cannot compute with, "matrices of four bits"
     parity: list[dict[str, Any]] = []
     scores: dict[str, Any] = {}
     model_bytes: int = 0
