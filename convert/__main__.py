@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 import sys
@@ -14,6 +15,13 @@ import typer
 from whisperlet.errors import WhisperletError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+class Exporter(enum.StrEnum):
+    """Ways out of PyTorch besides the bundle's own."""
+
+    onnx = "onnx"
+    onnx2tf = "onnx2tf"
 
 
 @app.callback()
@@ -36,6 +44,27 @@ def build(
     console = pipeline.own_console()
     report = pipeline.build(recipes.load(recipe), out, console)
     tables.show_report(report, console)
+
+
+@app.command()
+def onnx(
+    recipe: Annotated[str, typer.Argument(help="As for `build`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("build"),
+    frames: Annotated[int, typer.Option(help="Encoder frames, 20 ms each, that are listened to at once.")] = 1500,
+    tokens: Annotated[int, typer.Option(help="Tokens in a pass of the decoder.")] = 1,
+    exporter: Annotated[
+        Exporter, typer.Option(help="onnx2tf: also to .tflite, by a converter that shares nothing with `build`'s.")
+    ] = Exporter.onnx,
+) -> None:
+    """Write encoder and decoder of a recipe as ONNX, float32, compared with PyTorch on onnxruntime."""
+    from . import artefacts, pipeline, tables
+    from . import recipe as recipes
+    from .onnx_export import Shapes
+
+    console = pipeline.own_console()
+    shapes = Shapes(n_frames=frames, n_tokens=tokens)
+    rows = artefacts.make(recipes.load(recipe), shapes, out, console, second=exporter is Exporter.onnx2tf)
+    tables.show_onnx(rows, console)
 
 
 @app.command()

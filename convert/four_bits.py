@@ -39,34 +39,30 @@ def apply(
     `bundle_bytes` says how large a bundle with `target` as it is now would be. Raises ConfigError where the budget
     cannot be met, naming what comes nearest.
     """
-    excess = 0 if stage.max_bytes is None else bundle_bytes() + MARGIN - stage.max_bytes
-    if stage.max_bytes is not None and excess <= 0:
+    limit = stage.max_bytes
+    wanted = 0 if limit is None else bundle_bytes() + MARGIN - limit
+    if limit is not None and wanted <= 0:
         return Mixture({}, None)
     search = Search(stage, whisper, ids, advance)
-    chosen = search.allowed if stage.max_bytes is None else _affordable(search, excess)
     while True:
-        packed = {name: search.packed[name] for name in chosen}
+        chosen = search.allowed if limit is None else _affordable(search, wanted)
+        packed = {name: search.packed[name] for name in (search.allowed if chosen is None else chosen)}
         _write(search, quantised, target, packed)
-        over = 0 if stage.max_bytes is None else bundle_bytes() + MARGIN - stage.max_bytes
+        over = 0 if limit is None else bundle_bytes() + MARGIN - limit
         if over <= 0:
             return Mixture(packed, search.report(packed))
-        excess += over  # tables in the file's head, which no matrix knows of
-        chosen = _affordable(search, excess)
+        if chosen is None:
+            raise ConfigError(
+                f"quantise.max_bytes: {limit:,} cannot be reached: with all that int4_parts allow "
+                f"({', '.join(stage.int4_parts)}) at four bits the bundle still has {(limit or 0) + over:,} bytes; "
+                "trim the vocabulary, prune, or allow more parts"
+            )
+        wanted += over  # tables in the file's head, which no matrix knows of
 
 
-def _affordable(search: Search, excess: int) -> list[str]:
-    """What to give four bits. Raises ConfigError if nothing suffices."""
-    saves = {name: search.saves(name) for name in search.allowed}
-    chosen = mixed.choose(search.costs, saves, excess)
-    if chosen is None:
-        limit = search.stage.max_bytes or 0
-        nearest = limit + excess - sum(saves.values())
-        raise ConfigError(
-            f"quantise.max_bytes: {limit:,} cannot be reached: with all that int4_parts allow "
-            f"({', '.join(search.stage.int4_parts)}) at four bits the bundle still has about {nearest:,} bytes; "
-            "trim the vocabulary, prune, or allow more parts"
-        )
-    return chosen
+def _affordable(search: Search, wanted: int) -> list[str] | None:
+    """What to give four bits so that the matrices alone save so many bytes; None if they cannot."""
+    return mixed.choose(search.costs, {name: search.saves(name) for name in search.allowed}, wanted)
 
 
 def _write(search: Search, quantised: Sequence[Path], target: Path, packed: Mapping[str, Packed]) -> None:

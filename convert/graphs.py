@@ -127,8 +127,8 @@ class Decode(nn.Module):
         for i, layer in enumerate(self.whisper.decoder_layers):
             y = normalise(x)
             k, v = layer.attention.keys_values(y)
-            k = out[f"self_k_{i}"] = _update(state[f"self_k_{i}"], k, 1, position)
-            v = out[f"self_v_{i}"] = _update(state[f"self_v_{i}"], v, 2, position)
+            k = out[f"self_k_{i}"] = self.update(state[f"self_k_{i}"], k, 1, position)
+            v = out[f"self_v_{i}"] = self.update(state[f"self_v_{i}"], v, 2, position)
             x = x + layer.attention(y, k, v, self_mask)
             cross = normalise(x), state[f"cross_k_{i}"], state[f"cross_v_{i}"], cross_mask
             if heads := self.watched.get(i):
@@ -140,6 +140,15 @@ class Decode(nn.Module):
             x = x + layer.mlp(x)
         return {"logits": self.whisper.logits(x), "attention": sum(looks), **out}
 
+    @staticmethod
+    def update(state: Tensor, new: Tensor, axis: int, position: Tensor) -> Tensor:
+        """`state` with `new` written at `position` along `axis`: one op of the runtime, not a masked sum."""
+        from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_update_slice
+
+        start = [torch.tensor(0, dtype=torch.int32)] * 3
+        start[axis] = position[0]
+        return dynamic_update_slice(state, new, start)  # type: ignore[no-any-return]
+
     def examples(self) -> dict[str, Tensor]:
         """Inputs to trace with."""
         specs = decode_inputs(self.dims, self.n_tokens, self.n_cross)
@@ -147,15 +156,6 @@ class Decode(nn.Module):
 
 
 Module = Encode | Stream | Decode
-
-
-def _update(state: Tensor, new: Tensor, axis: int, position: Tensor) -> Tensor:
-    """`state` with `new` written at `position` along `axis`: one op of the runtime, not a masked sum."""
-    from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_update_slice
-
-    start = [torch.tensor(0, dtype=torch.int32)] * 3
-    start[axis] = position[0]
-    return dynamic_update_slice(state, new, start)  # type: ignore[no-any-return]
 
 
 def cross_state(dims: Dims, n_cross: int) -> list[TensorSpec]:

@@ -50,7 +50,7 @@ def pack(weight: Tensor, block: int = BLOCK, energy: Tensor | None = None) -> Pa
     """
     width = block or weight.shape[1]
     if energy is None:
-        scales = torch.cat([best_scales(part, is_block=block > 0) for part in weight.split(width, 1)], 1)
+        scales = torch.cat([best_scales(part, is_block=block > 0) for part in torch.split(weight, width, 1)], 1)
         return Packed(_codes(weight, scales.repeat_interleave(width, 1)), scales)
     return _pack_by(weight, width, energy, is_block=block > 0)
 
@@ -98,4 +98,5 @@ def _push(energy: Tensor) -> Tensor:
     """How the error of a column is spread over the others: upper Cholesky factor of the inverse. (n_in, n_in)"""
     damped = energy.double() + DAMPING * energy.diag().mean().clamp(min=1e-12) * torch.eye(len(energy))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from whisperlet.bundle import Vocabulary
 from whisperlet.errors import ConfigError
 
-from . import calibration, corpus, int4
+from . import calibration, corpus, int4, speechset
 from .calibration import Heard, Judge, Matrix
 from .fold import FoldedWhisper
 from .int4 import Packed
@@ -199,7 +199,7 @@ def _recordings(
     heard = []
     for clip in (clips[i * len(clips) // n] for i in range(n)):
         advance(f"hearing {clip.id}")
-        pieces = corpus.pieces(corpus.read(clip.audio))
+        pieces = corpus.pieces(speechset.audio(clip.audio))
         heard += [calibration.listen(whisper, ids, piece, clip.language) for piece in pieces]
     if len(heard) < 2:
         raise ConfigError(f"{stage.calibration}: too little to calibrate on: two recordings are the least")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from .distil import Record
 from .inspection import Contents
+from .mixed import Precision
+from .onnx_export import OnnxParity
 from .pipeline import Report
 from .stages import StageReport
 
@@ -23,12 +27,43 @@ def show_report(report: Report, console: Console) -> None:
     for text in report.texts:
         verdict = "same text" if text.reference == text.bundle else f"differs: PyTorch heard {text.reference!r}"
         console.print(f"{text.clip}: {text.bundle!r} ({verdict})", soft_wrap=True, highlight=False)
+    if report.precision:
+        show_precision(report.precision, console)
     if report.adapter:
         console.print(f"encoder adapted by {report.adapter}", highlight=False)
     seconds = sum(report.seconds.values())
     console.print(
         f"{report.bundle}: {report.bundle_bytes:,} bytes, built in {seconds:.0f} s, peak memory {report.peak_rss_mb:.0f} MB"
     )
+
+
+def show_precision(precision: Precision, console: Console) -> None:
+    """How many bits each part's matrices have, and what that costs."""
+    table = Table("part", "matrices", "of four bits", "worst output error", title="Bits by matrix")
+    for part in sorted({matrix.part for matrix in precision.matrices}):
+        its = [matrix for matrix in precision.matrices if matrix.part == part]
+        four = [matrix for matrix in its if matrix.bits == 4]
+        worst = max((m.int4_error or 0.0) if m.bits == 4 else m.int8_error for m in its)
+        table.add_row(part, str(len(its)), str(len(four)), f"{100 * worst:.2f} %")
+    console.print(table)
+    console.print(
+        f"with four bits {precision.divergence:.4f} nats a token from the checkpoint, on calibration recordings",
+        highlight=False,
+    )
+
+
+def show_onnx(rows: Sequence[OnnxParity], console: Console) -> None:
+    """How far each runtime is from PyTorch."""
+    table = Table(
+        "graph",
+        "runtime",
+        "largest difference",
+        "of output, or why not",
+        title="Against PyTorch float32, relative to the largest",
+    )
+    for row in rows:
+        table.add_row(row.graph, row.runtime, "-" if row.error is None else f"{row.error:.1e}", row.note)
+    console.print(table)
 
 
 def show_contents(contents: Contents, console: Console) -> None:

@@ -170,14 +170,16 @@ def test_a_budget_is_met(recordings, whisper, quantised, toy_bundle, tmp_path, s
     target = tmp_path / "model.tflite"
     compact.compact(quantised, target)
     whole = bundled(target, toy_bundle, litert_only="matrices of four bits")()
-    limit = whole - 10_000 + four_bits.MARGIN
-    found, size = mix(stage(recordings, linear="mixed", max_bytes=limit), whisper, quantised, target, toy_bundle)
+    limit = whole - 4_000 + four_bits.MARGIN
+    mixed = stage(recordings, linear="mixed", max_bytes=limit, int4_parts=("embedding",))
+    found, size = mix(
+        mixed, whisper, quantised, target, toy_bundle
+    )  # the toy's others save less than their tables take
+    assert size < whole
     assert size + four_bits.MARGIN <= limit
     assert found.precision.max_bytes == limit
     chosen = {m.name for m in found.precision.matrices if m.bits == 4}
     assert chosen == set(found.packed) < set(search.allowed)
-    by_need = sorted(search.allowed, key=lambda name: search.costs[name] / search.saves(name))
-    assert by_need[-1] not in chosen
 
 
 def test_a_budget_that_is_no_constraint_costs_nothing(recordings, whisper, quantised, toy_bundle, tmp_path):
@@ -189,7 +191,7 @@ def test_a_budget_that_is_no_constraint_costs_nothing(recordings, whisper, quant
 def test_a_budget_that_nothing_reaches(recordings, whisper, quantised, toy_bundle, tmp_path):
     target = tmp_path / "model.tflite"
     with pytest.raises(
-        ConfigError, match=r"max_bytes: 1,000 cannot be reached: .*\(decoder\).* has about (\d+,)+\d+ b"
+        ConfigError, match=r"max_bytes: 1,000 cannot be reached: .*\(decoder\).* still has (\d+,)+\d+ b"
     ) as e:
         mix(
             stage(recordings, linear="mixed", max_bytes=1000, int4_parts=("decoder",)),
@@ -198,9 +200,9 @@ def test_a_budget_that_nothing_reaches(recordings, whisper, quantised, toy_bundl
             target,
             toy_bundle,
         )
-    nearest = int(str(e.value).partition("about ")[2].partition(" ")[0].replace(",", ""))
+    nearest = int(str(e.value).partition("still has ")[2].partition(" ")[0].replace(",", ""))
     _, size = mix(stage(recordings, int4_parts=("decoder",)), whisper, quantised, target, toy_bundle)
-    assert size + four_bits.MARGIN == pytest.approx(nearest, rel=0.02)
+    assert size + four_bits.MARGIN == nearest
 
 
 def test_every_signature_computes_what_four_bits_say(four, whisper, toy_folder):
