@@ -51,7 +51,7 @@ def summary(*clips, usage=None, terms=()):
 def test_clips_without_text_are_counted_but_not_scored():
     """A text that is not given may have been said; only what is heard where nobody speaks was invented."""
     noise = [scored(None, "hello there", has_speech=False), scored(None, "", has_speech=False)]
-    result = summary(scored("red blue", "red"), scored(None, "words"), *noise)
+    result = summary(scored("red blue", "red"), scored(None, "many more words"), *noise)
     assert (result.n, result.n_without_text, result.n_hallucinated) == (4, 3, 1)
     assert result.wer == 50
     assert (result.audio_s, result.speechless_s) == (8, 4)
