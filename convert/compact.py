@@ -84,14 +84,13 @@ def _content(buffer: Any, data: bytes) -> bytes:
 
 
 def _share_buffers(model: Any, contents: list[bytes]) -> None:
-    """Let every tensor refer to the first of equal buffers; the others are emptied."""
+    """Let every tensor refer to the first of equal buffers; those that none refers to are emptied."""
     first: dict[bytes, int] = {}
     same = [first.setdefault(content, i) if content else i for i, content in enumerate(contents)]
     for tensor in _tensors(model):
         tensor.buffer = same[tensor.buffer]
-    for i, kept in enumerate(same):
-        if kept != i:
-            contents[i], model.buffers[i].data = b"", None
+    for i in set(range(len(contents))) - {tensor.buffer for tensor in _tensors(model)}:
+        contents[i], model.buffers[i].data = b"", None
 
 
 def _share_quantisation(model: Any) -> None:

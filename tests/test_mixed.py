@@ -180,6 +180,8 @@ def test_a_budget_is_met(recordings, whisper, quantised, toy_bundle, tmp_path, s
     assert found.precision.max_bytes == limit
     chosen = {m.name for m in found.precision.matrices if m.bits == 4}
     assert chosen == set(found.packed) < set(search.allowed)
+    by_need = sorted(search.allowed, key=lambda name: search.costs[name] / search.saves(name))
+    assert by_need[-1] not in chosen
 
 
 def test_a_budget_that_is_no_constraint_costs_nothing(recordings, whisper, quantised, toy_bundle, tmp_path):
