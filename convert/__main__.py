@@ -34,7 +34,9 @@ def _quiet_libraries() -> None:
 
 @app.command()
 def build(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe that ships (base_wi8, tiny_en_wi8) or a .toml file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe that ships (base_wi8, base_en_small) or a .toml file.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the bundle and its report.")] = Path("build"),
 ) -> None:
     """Turn a checkpoint into one .tflite bundle."""

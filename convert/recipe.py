@@ -17,6 +17,7 @@ from .finetune import Finetune
 from .heal import Heal
 from .prune import Prune
 from .stages import Stage, located, tag
+from .vocabulary import Vocabulary
 
 
 class Adapter(Stage, frozen=True, tag="adapter"):
@@ -120,7 +121,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 # A stage that changes the checkpoint is added here, and nowhere else; see `stages.Stage`.
-AnyStage: TypeAlias = Finetune | Prune | Heal | Adapter | Export | Quantise | Package
+AnyStage: TypeAlias = Vocabulary | Finetune | Prune | Heal | Adapter | Export | Quantise | Package
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
