@@ -116,6 +116,8 @@ class Tuner(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002 - theirs
+        if not self.args.should_save:  # every process is asked, one writes
+            return
         folder = Path(output_dir or self._folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder, Path(WEIGHTS).stem)

@@ -243,7 +243,7 @@ def test_no_microphone(real_bundle, tmp_path, pyaudio, reason):
 @pytest.mark.parametrize(
     ("recipe", "reason"),
     [
-        ("huge_wi1", "huge_wi1: no such recipe; there are base_wi8, "),
+        ("huge_wi1", "huge_wi1: no such recipe; there are base_domain_example, "),
         ("missing.toml", "missing.toml: cannot be read: No such file"),
     ],
 )
