@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from whisperlet.errors import ModelError
 
-from . import model
+from . import disk, model
 from .fold import LowRank
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # every matrix of an encoder layer
@@ -68,9 +68,8 @@ def save(path: Path, encoder: Any, *, rank: int, alpha: int, source_sha256: str)
     """Write the adapter in half precision, with what it fits to, whole or not at all."""
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in state(encoder).items()}
     metadata = {"rank": str(rank), "alpha": str(alpha), "source_sha256": source_sha256, ENCODER: hash_encoder(encoder)}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
-    partial.replace(path)
+    with disk.replacing(path) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def hash_encoder(encoder: Any) -> str:

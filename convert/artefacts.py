@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +10,9 @@ from rich.console import Console
 
 from whisperlet.errors import ModelError
 
-from . import chain, disk, onnx2tf, onnx_export
+from . import onnx2tf, onnx_export, pipeline
 from .onnx_export import OnnxParity, Shapes
 from .parity import Probe
-from .pipeline import Build, bars
 from .recipe import Recipe
 
 
@@ -24,19 +22,12 @@ def make(recipe: Recipe, shapes: Shapes, out: Path, console: Console, *, second:
     With `second`, each goes through onnx2tf and TensorFlow as well, to `<recipe>.<graph>.tflite`. Raises ConfigError for
     sizes that cannot be, ModelError if a graph computes something else, or if onnx2tf cannot convert the encoder.
     """
-    chain.check(recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    with (
-        disk.explained(out, "the export"),
-        tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work,
-        bars(console) as progress,
-    ):
-        job = Build(recipe, Path(work), progress)
+    with pipeline.started(recipe, out, console, "the export") as job:
         shapes.check(job.stages[0])
         job.load()
         probe = Probe(job.whisper, job.dims, job.stages[0], job.prompt())
         with job.step("onnx", 4) as advance:
-            paths, rows = onnx_export.export(job.whisper, probe, shapes, Path(work), advance)
+            paths, rows = onnx_export.export(job.whisper, probe, shapes, job.work, advance)
         if second:
             with job.step("onnx2tf") as advance:
                 found, more = _converted(probe, shapes, paths, advance)

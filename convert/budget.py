@@ -52,9 +52,8 @@ def error_percent(result: Result, clips: Sequence[Clip], root: Path, advance: Ca
     if rate is None:
         raise ModelError("the recordings of the budget have no texts to score against")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_bytes(msgspec.json.encode(rate))
-    partial.replace(path)
+    with disk.replacing(path) as partial:
+        partial.write_bytes(msgspec.json.encode(rate))
     return rate
 
 

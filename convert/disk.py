@@ -11,16 +11,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from whisperlet.errors import ConfigError, WhisperletError
 
+_Stored = TypeVar("_Stored")
 _POLL_S = 0.5
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded")  # of libraries without an errno
 _LITTLE = 1 << 20  # bytes; a library that fails to write with less than this left has filled the disk
+
+
+def read_json(path: Path, kind: type[_Stored], what: str) -> _Stored:
+    """What was stored as JSON. Raises ConfigError if it cannot be read or is no such thing."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: is no {what}: {error}") from None
 
 
 def hash_json(value: Any) -> str:
@@ -68,6 +79,17 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which takes the place of `path` once it is whole, or goes."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

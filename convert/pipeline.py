@@ -241,16 +241,23 @@ class Build:
         return "en" if "en" in languages or not languages else next(iter(languages))
 
 
-def build(recipe: Recipe, out: Path, console: Console) -> Report:
-    """Run a recipe; leaves `<name>.tflite` and `<name>.json` in `out`, or neither."""
+@contextlib.contextmanager
+def started(recipe: Recipe, out: Path, console: Console, what: str) -> Iterator[Build]:
+    """A run of a checked recipe, in a folder below `out` that goes with it. `what` it is, should the disk be full."""
     chain.check(recipe)
     out.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        disk.explained(out, "the build"),
+        disk.explained(out, what),
         tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work,
-        bars(console) as progress,
+        Progress(*columns, console=console) as progress,
     ):
-        job = Build(recipe, Path(work), progress)
+        yield Build(recipe, Path(work), progress)
+
+
+def build(recipe: Recipe, out: Path, console: Console) -> Report:
+    """Run a recipe; leaves `<name>.tflite` and `<name>.json` in `out`, or neither."""
+    with started(recipe, out, console, "the build") as job:
         stage, quantising, packaging = job.stages
         job.load()
         job.run_export(stage)
@@ -266,12 +273,6 @@ def build(recipe: Recipe, out: Path, console: Console) -> Report:
 def minified(tokenizer_json: bytes) -> bytes:
     """The same JSON without white space."""
     return msgspec.json.encode(msgspec.json.decode(tokenizer_json))
-
-
-def bars(console: Console) -> Progress:
-    """What a build shows of its steps."""
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from . import pruned, refit, sensitivity, sublayers
+from . import disk, pruned, refit, sensitivity, sublayers
 from .search import Cut
 from .sensitivity import Row, Sensitivity
 from .sublayers import CROSS, FFN, Sublayer
@@ -102,9 +102,8 @@ class Table:
     def _save(self) -> None:
         if self.kept is not None:
             self.kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.kept.with_name(self.kept.name + ".partial")
-            sensitivity.write(self.table(), partial)
-            partial.replace(self.kept)
+            with disk.replacing(self.kept) as partial:
+                sensitivity.write(self.table(), partial)
 
     def _layers(self, half: str) -> list[list[Sublayer]]:
         numbers = {s.number for s in self.probe.row if s.half == half}

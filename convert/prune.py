@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.progress import Progress
 
-from . import pruned
+from . import disk, pruned
 from .pruned import Kept, KeptLayer
 from .speechset import Source
 from .stages import CHECKPOINTS, Stage, StageReport, located
@@ -184,8 +184,8 @@ def _kept(path: Path, source: list[Any], make: Callable[[], dict[str, Tensor]]) 
         tensors: dict[str, Tensor] = found["tensors"]
         return tensors
     tensors = make()
-    torch.save({"source": source, "tensors": tensors}, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    with disk.replacing(path) as partial:
+        torch.save({"source": source, "tensors": tensors}, partial)
     return tensors
 
 

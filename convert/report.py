@@ -11,7 +11,7 @@ import msgspec
 
 from whisperlet.errors import ConfigError, WhisperletError
 
-from . import charts, comparison, inspection, worst
+from . import charts, comparison, disk, inspection, worst
 from .charts import Point
 from .comparison import Comparison
 from .evaluation import Evaluation
@@ -72,12 +72,10 @@ def write(folder: Path, out: Path, n_worst: int) -> list[str]:
     results = gather(folder)
     context = content(results, folder.resolve().name, n_worst)
     page = _template().render(context)
-    partial = out.with_name(f"{out.name}.part")
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
+        with disk.replacing(out) as partial:
+            partial.write_text(page, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
     return [*(f"{SECTIONS[key][0]}: needs {SECTIONS[key][1]}" for key in context["missing"]), *context["unreadable"]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from whisperlet.errors import ConfigError
+from . import disk
 
 FILE = "sensitivity.json"
 
@@ -36,9 +36,4 @@ def write(table: Sensitivity, path: Path) -> None:
 
 def read(path: Path) -> Sensitivity:
     """A table that `write` wrote. Raises ConfigError naming the file and the reason."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Sensitivity)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path}: is no table of sensitivities: {error}") from None
+    return disk.read_json(path, Sensitivity, "table of sensitivities")

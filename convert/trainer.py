@@ -6,7 +6,6 @@ one that was cut off is passed over.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from . import adapter, streaming
+from . import adapter, disk, streaming
 from .finetune import Finetune
 from .lessons import IGNORED, ByLength, Lessons
 
-WEIGHTS, LIST = "model.safetensors", "whole.json"
+WEIGHTS, BEST, LIST = "model.safetensors", "best.safetensors", "whole.json"
 N_WORKERS = 4  # processes that make the batches while a GPU computes
 
 
@@ -109,7 +108,7 @@ class Tuner(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         scores = [row["eval_wer"] for row in self.state.log_history if "eval_wer" in row]
         if scores[-1] == min(scores) and self.args.should_save:
-            self._write(self._folder, "best")
+            self._write(self._folder, BEST)
         if min(scores) not in scores[-self._patience :]:
             self.control.should_training_stop = True
         self.control.should_save = self.state.global_step > 0  # what was best and what comes next belong together
@@ -120,12 +119,11 @@ class Tuner(Trainer):
             return
         folder = Path(output_dir or self._folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._write(folder, Path(WEIGHTS).stem)
+        self._write(folder, WEIGHTS)
 
     def _write(self, folder: Path, name: str) -> None:
-        partial = folder / f"{name}.partial"
-        save_file({name: p.detach().contiguous() for name, p in self.trained.items()}, partial)
-        partial.replace(folder / f"{name}.safetensors")
+        with disk.replacing(folder / name) as partial:
+            save_file({name: p.detach().contiguous() for name, p in self.trained.items()}, partial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         self.restore(Path(resume_from_checkpoint) / WEIGHTS)
@@ -139,7 +137,7 @@ class Tuner(Trainer):
     @property
     def best(self) -> Path:
         """What scored best so far."""
-        return self._folder / "best.safetensors"
+        return self._folder / BEST
 
 
 class _Epoch(TrainerCallback):
@@ -205,10 +203,9 @@ def _depth(stacks: Sequence[Any], n: int) -> int:
 def seal(checkpoint: Path) -> None:
     """Note what a checkpoint consists of; random states of other processes may still be on their way."""
     found = [path for path in checkpoint.iterdir() if path.name != LIST and not path.name.startswith("rng_state_")]
-    files = {path.name: _hash(path) for path in found}
-    partial = checkpoint.with_name(f"{checkpoint.name}.{LIST}")
-    partial.write_bytes(msgspec.json.encode(files))
-    partial.replace(checkpoint / LIST)
+    files = {path.name: disk.hash_path(path) for path in found}
+    with disk.replacing(checkpoint / LIST) as partial:
+        partial.write_bytes(msgspec.json.encode(files))
 
 
 def newest(folder: Path) -> Path | None:
@@ -227,14 +224,9 @@ def remove_others(folder: Path, kept: Path | None) -> None:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         files = msgspec.json.decode((checkpoint / LIST).read_bytes(), type=dict[str, str])
-        return all(_hash(checkpoint / name) == sha256 for name, sha256 in files.items())
+        return all(disk.hash_path(checkpoint / name) == sha256 for name, sha256 in files.items())
     except (OSError, msgspec.DecodeError):
         return False
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def arguments(stage: Finetune, work: Path) -> TrainingArguments:

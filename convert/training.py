@@ -18,6 +18,8 @@ from torch import Tensor
 
 from whisperlet.errors import ModelError
 
+from . import disk
+
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -103,12 +105,11 @@ class Run:
     def _save(self, work: Path) -> None:
         """A checkpoint; an interruption leaves the last one whole."""
         work.mkdir(parents=True, exist_ok=True)
-        partial = work / "checkpoint.partial"
         curve = msgspec.json.encode(self.curve)
         progress = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "curve": curve}
         tensors = {"trained": self.tensors(), "optimiser": self.optimiser.state_dict()}
-        torch.save({**self.identity(), **progress, **tensors}, partial)
-        partial.replace(work / CHECKPOINT)
+        with disk.replacing(work / CHECKPOINT) as partial:
+            torch.save({**self.identity(), **progress, **tensors}, partial)
 
     def _resume(self, work: Path) -> None:
         """Go on from the checkpoint, if there is one. Raises ModelError if it is damaged, or not of such a run."""

@@ -10,7 +10,7 @@ import msgspec
 from whisperlet.bundle import open_bundle
 from whisperlet.errors import ConfigError
 
-from . import evaluation, model
+from . import disk, evaluation, model
 from .evaluate import Options, evaluate_bundle, evaluate_reference
 from .evaluation import Evaluation, summary
 from .speechset import Clip
@@ -54,12 +54,7 @@ def trial(
 
 def read(path: Path) -> Evaluation:
     """What `evaluate --json` wrote. Raises ConfigError."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Evaluation)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path}: is no evaluation that `evaluate --json` wrote: {error}") from None
+    return disk.read_json(path, Evaluation, "evaluation that `evaluate --json` wrote")
 
 
 def _stored(path: Path, clips: Sequence[Clip] | None, terms: Sequence[str]) -> Evaluation:

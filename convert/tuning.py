@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from whisperlet.errors import ConfigError
 
-from . import adapter, finetune, greedy, lessons, manifests, model, scoring, spelling, streaming, trainer
+from . import adapter, disk, finetune, greedy, lessons, manifests, model, scoring, spelling, streaming, trainer
 from .augment import Augmenter, heard
 from .finetune import Finetune
 from .lessons import Lessons, Plan
@@ -274,6 +274,5 @@ def _read(path: Path) -> Any:
 
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(msgspec.json.encode(content))
-    partial.replace(path)
+    with disk.replacing(path) as partial:
+        partial.write_bytes(msgspec.json.encode(content))

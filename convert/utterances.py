@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from whisperlet.errors import ConfigError
 
-from . import losses, streaming, sublayers
+from . import disk, losses, streaming, sublayers
 from .corpus import HELD_OUT_SIZE, Corpus
 from .model import Checkpoint
 from .speechset import Source
@@ -170,9 +170,8 @@ def _read(kept: Path | None, made_by: list[Any]) -> list[list[int] | None]:
 def _write(kept: Path | None, found: _Kept) -> None:
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(kept.name + ".partial")
-        partial.write_bytes(msgspec.json.encode(found))
-        partial.replace(kept)
+        with disk.replacing(kept) as partial:
+            partial.write_bytes(msgspec.json.encode(found))
 
 
 @torch.no_grad()

@@ -36,6 +36,14 @@ def toy_folder(pytestconfig, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The toy's checkpoint, to be read; modules that need another have a fixture of this name of their own."""
+    folder = tmp_path_factory.mktemp("toy") / "whisper-toy"
+    toy.save_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def toy_path(toy_folder):
     return toy_folder / "toy.tflite"
 

@@ -7,7 +7,6 @@ import shutil
 import msgspec
 import pytest
 import torch
-import toy
 from rich.console import Console
 from safetensors.torch import load_file
 from test_cli import run
@@ -35,14 +34,6 @@ QUICK = Settings(
     save_every=5,
     whole_weight=1.0,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The toy's checkpoint."""
-    folder = tmp_path_factory.mktemp("toy") / "whisper-toy"
-    toy.save_checkpoint(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -46,14 +46,6 @@ def last_is_best():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The toy's checkpoint."""
-    folder = tmp_path_factory.mktemp("toy") / "whisper-toy"
-    toy.save_checkpoint(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     speakers = {"train": 6, "dev": 2, "test": 2, "canary": 1, "replay": 2}

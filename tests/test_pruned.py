@@ -35,13 +35,6 @@ TOKENS = [[toy.SOT, toy.EN, toy.TRANSCRIBE, toy.NO_TIMESTAMPS, 20, 30, 31, 200, 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy") / "whisper-toy"
-    toy.save_checkpoint(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def parent(folder):
     return model.load(str(folder))
 
