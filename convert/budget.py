@@ -45,7 +45,7 @@ def error_percent(result: Result, clips: Sequence[Clip], root: Path, advance: Ca
     heard = [(clip.id, clip.text, clip.language, disk.hash_path(clip.audio)) for clip in clips]
     path = root / SCORES / f"{disk.hash_json([result.sha256, heard])[:16]}.json"
     if path.is_file():
-        return msgspec.json.decode(path.read_bytes(), type=float)
+        return disk.read_json(path, float, "error rate")
     checkpoint = model.load_directory(result.folder, result.folder.name)
     scored, _ = evaluate.evaluate_reference(checkpoint, clips, evaluate.Options(), advance)
     rate = scored_error_percent(scored)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from whisperlet.audio import FRAMES_PER_SECOND, WINDOW_FRAMES
 
@@ -43,42 +45,42 @@ def transcribe(
     Clips of a batch should be of like length; `silence` frames of 20 ms stand after the longest. The encoder computes in
     `dtype`; the decoder in float32, since to shorten its matrices for each token takes longer than it saves.
     """
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
     device = model.proj_out.weight.device
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         encoded = encode(model.model.encoder, [power.to(device) for power, _ in batch], silence).float()
-    tokens = torch.tensor([prompt(generation, language) for _, language in batch], device=device)
+    prompts = torch.tensor([prompt(generation, language) for _, language in batch], device=device)
+    most = [_n_tokens(power) for power, _ in batch]
+    rows = say(model.model.decoder, prompts, encoded, generation, max(most))
+    return [[one for one in row if one != generation.eot][:n] for row, n in zip(rows, most, strict=True)]
+
+
+def say(decoder: Any, prompts: Tensor, encoded: Tensor, generation: Generation, most: int) -> list[list[int]]:
+    """Ids after each prompt, the best at each place: up to `eot`, or `most` of them where none comes.
+
+    `prompts` are ids, shape (batch, n); `encoded` frames in the decoder's own precision, shape (batch, n_frames, d_model).
+    """
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    said: list[Tensor] = []
-    is_done = torch.zeros(len(batch), dtype=torch.bool, device=device)
-    for position in range(max(_n_tokens(power) for power, _ in batch)):
-        hidden = model.model.decoder(tokens, encoder_hidden_states=encoded, past_key_values=cache, use_cache=True)
-        logits = model.proj_out(hidden.last_hidden_state[:, -1])
-        best = _allowed(logits, generation, is_first=position == 0).argmax(-1)
-        said.append(torch.where(is_done, generation.eot, best))
-        is_done |= best == generation.eot
-        if is_done.all():
-            break
-        tokens = said[-1][:, None]
-    rows: list[list[int]] = torch.stack(said, 1).tolist()
-    return [_text_ids(row, generation, _n_tokens(power)) for row, (power, _) in zip(rows, batch, strict=True)]
+    never, never_first = _masks(decoder, generation)
+    tokens, said = prompts, prompts[:, :0]
+    while said.shape[1] < most and not (said == generation.eot).any(1).all():
+        hidden = decoder(tokens, encoder_hidden_states=encoded, past_key_values=cache, use_cache=True).last_hidden_state
+        logits = F.linear(hidden[:, -1], decoder.embed_tokens.weight)
+        tokens = (logits + (never if said.shape[1] else never_first)).argmax(-1, keepdim=True)
+        said = torch.cat([said, tokens], 1)
+    rows: list[list[int]] = said.tolist()
+    return [row[: row.index(generation.eot) + 1] if generation.eot in row else row for row in rows]
+
+
+def _masks(decoder: Any, generation: Generation) -> tuple[Tensor, Tensor]:
+    """What is added to the logits of tokens that are never said, and of those never first. shape = (n_vocab,)"""
+    weight = decoder.embed_tokens.weight
+    never = torch.zeros(len(weight), device=weight.device)
+    never[generation.eot + 1 :] = -torch.inf
+    never[list(generation.suppress_tokens)] = -torch.inf
+    first = never.clone()
+    first[list(generation.begin_suppress_tokens)] = -torch.inf
+    return never, first
 
 
 def _n_tokens(power: Tensor) -> int:
     return min(MAX_TOKENS, MORE_TOKENS + TOKENS_PER_SECOND * len(power) // (2 * FRAMES_PER_SECOND))
-
-
-def _allowed(logits: Tensor, generation: Generation, *, is_first: bool) -> Tensor:
-    """Logits without what is never said, or never first. shape = (batch, n_vocab)"""
-    logits = logits.float()
-    logits[:, generation.eot + 1 :] = -torch.inf
-    logits[:, list(generation.suppress_tokens)] = -torch.inf
-    if is_first:
-        logits[:, list(generation.begin_suppress_tokens)] = -torch.inf
-    return logits
-
-
-def _text_ids(ids: list[int], generation: Generation, limit: int) -> list[int]:
-    end = ids.index(generation.eot) if generation.eot in ids else len(ids)
-    return ids[: min(end, limit)]

@@ -11,6 +11,7 @@ interrupted run of the same stage left it; a stage that takes long keeps what it
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import os
@@ -101,7 +102,7 @@ def run(stage: Stage, source: Result, root: Path, progress: Progress, wait: Wait
         "stage": msgspec.to_builtins(stage),
         "source": source.sha256,
         "inputs": [disk.hash_path(path) for path in stage.inputs()],
-        "code": disk.hash_path(Path(inspect.getfile(module))),
+        "code": {path.name: disk.hash_path(path) for path in program(Path(inspect.getfile(module)))},
     }
 
     def make(out: Path) -> StageReport:
@@ -110,6 +111,23 @@ def run(stage: Stage, source: Result, root: Path, progress: Progress, wait: Wait
         return report
 
     return keep(root, tag(stage), settings, make, wait)
+
+
+def program(path: Path) -> list[Path]:
+    """A module and the modules of its folder that it imports, and those that they do."""
+    found, todo = set[Path](), {path}
+    while todo:
+        found |= todo
+        todo = {used for path in todo for used in _used(path)} - found
+    return sorted(found)
+
+
+def _used(path: Path) -> list[Path]:
+    """What a module imports by `from . import name` or `from .name import something`."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.ImportFrom)]
+    relative = [node for node in nodes if node.level == 1]
+    names = [name for node in relative for name in ([node.module] if node.module else [a.name for a in node.names])]
+    return [used for name in names if (used := path.with_name(f"{name}.py")).is_file()]
 
 
 def keep(root: Path, name: str, settings: dict[str, Any], make: Callable[[Path], StageReport], wait: Wait) -> Result:

@@ -16,12 +16,10 @@ import msgspec
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from whisperlet.errors import ConfigError
 
-from . import disk, losses, streaming, sublayers
+from . import disk, greedy, losses, streaming, sublayers
 from .corpus import HELD_OUT_SIZE, Corpus
 from .model import Checkpoint
 from .speechset import Source
@@ -184,48 +182,23 @@ def transcribe(checkpoint: Checkpoint, clips: Sequence[Tensor], language: str) -
     n_frames = min(max(len(clip) for clip in clips) // 2 + SILENCE, streaming.MAX_FRAMES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         encoded = sublayers.encode(model, streaming.pad(list(clips), 2 * n_frames))
-    rows = _prompts(checkpoint, encoded.float(), language)
+    prompts = _prompts(checkpoint, encoded.float(), language)
     # In half precision by itself: a token at a time, it is memory that takes the time, or casting weights.
-    decoder, encoded = copy.deepcopy(model.model.decoder).bfloat16(), encoded.bfloat16()
-    n_prompt, cache = rows.shape[1], EncoderDecoderCache(DynamicCache(), DynamicCache())
-    never = torch.zeros(model.config.vocab_size)
-    never[[*g.suppress_tokens, *_special(checkpoint)]] = -torch.inf
-    first = never.clone()
-    first[list(g.begin_suppress_tokens)] = -torch.inf
-    new, most = rows, n_prompt + min(MAX_TOKENS, 8 + n_frames // FRAMES_A_TOKEN)
-    while rows.shape[1] < most and not (rows[:, n_prompt:] == g.eot).any(1).all():
-        out = decoder(new, encoder_hidden_states=encoded, past_key_values=cache, use_cache=True).last_hidden_state
-        logits = F.linear(out[:, -1], decoder.embed_tokens.weight) + (first if new is rows else never)
-        new = logits.argmax(-1, keepdim=True)
-        rows = torch.cat([rows, new], 1)
-    return [_ended(row.tolist(), n_prompt, g.eot) for row in rows]
-
-
-def _ended(tokens: list[int], n_prompt: int, eot: int) -> list[int] | None:
-    said = tokens[n_prompt:]
-    return tokens[: n_prompt + said.index(eot) + 1] if eot in said else None
-
-
-def _special(checkpoint: Checkpoint) -> list[int]:
-    """What is never said: all that is no text, timestamps too."""
-    g = checkpoint.generation
-    after = range(g.no_timestamps, checkpoint.model.config.vocab_size)
-    return [g.sot, g.transcribe, g.translate, g.no_speech, *g.lang_ids.values(), *after]
+    decoder = copy.deepcopy(model.model.decoder).bfloat16()
+    rows = greedy.say(decoder, prompts, encoded.bfloat16(), g, min(MAX_TOKENS, 8 + n_frames // FRAMES_A_TOKEN))
+    return [[*prompt, *row] if row[-1] == g.eot else None for prompt, row in zip(prompts.tolist(), rows, strict=True)]
 
 
 def _prompts(checkpoint: Checkpoint, encoded: Tensor, language: str) -> Tensor:
     """What stands before each transcript. shape = (batch, n)"""
     g, n = checkpoint.generation, len(encoded)
-    if not checkpoint.multilingual:
-        return torch.tensor([[g.sot, g.no_timestamps]] * n)
-    if language in g.lang_ids:
-        spoken = torch.full((n,), g.lang_ids[language])
-    else:
-        ids = torch.tensor(list(g.lang_ids.values()))
-        hidden = sublayers.decode(checkpoint.model, torch.full((n, 1), g.sot), encoded)
-        spoken = ids[checkpoint.model.proj_out(hidden[:, 0])[:, ids].argmax(-1)]
-    rest = torch.tensor([g.transcribe, g.no_timestamps]).expand(n, 2)
-    return torch.cat([torch.full((n, 1), g.sot), spoken[:, None], rest], 1)
+    if language in g.lang_ids or not checkpoint.multilingual:
+        return torch.tensor([greedy.prompt(g, language)] * n)
+    ids = torch.tensor(list(g.lang_ids.values()))
+    hidden = sublayers.decode(checkpoint.model, torch.full((n, 1), g.sot), encoded)
+    spoken = ids[checkpoint.model.proj_out(hidden[:, 0])[:, ids].argmax(-1)]
+    names = {number: name for name, number in g.lang_ids.items()}
+    return torch.tensor([greedy.prompt(g, names[number]) for number in spoken.tolist()])
 
 
 def listen(

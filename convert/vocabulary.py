@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from whisperlet.errors import ModelError
 
-from . import model, stages, tokens, words
+from . import model, stages, words
 from .model import Checkpoint, Generation
 from .stages import Stage, StageReport
 from .tokens import Bpe
@@ -48,14 +48,10 @@ class Vocabulary(Stage, frozen=True, kw_only=True, tag="vocabulary"):
         """Only the embedding changes."""
         return True
 
-    def texts(self) -> list[Path]:
+    def inputs(self) -> list[Path]:
         """The corpus: of a folder its manifest."""
         paths = [stages.located(path) for path in self.corpus]
         return [path / "manifest.jsonl" if path.is_dir() else path for path in paths]
-
-    def inputs(self) -> list[Path]:
-        """The corpus, and how words are counted."""
-        return [*self.texts(), Path(words.__file__), Path(tokens.__file__)]
 
     def problems(self) -> list[str]:
         """Files that are missing, and languages without a list."""
@@ -111,7 +107,7 @@ def _chosen(stage: Vocabulary, checkpoint: Checkpoint, bpe: Bpe, n_special: int,
         for token, share in words.weights(bpe, language).items():
             weights[token] = weights.get(token, 0.0) + share
         progress.advance(task)
-    for corpus in stage.texts():
+    for corpus in stage.inputs():
         kept |= words.needed(bpe, corpus)
         progress.advance(task)
     needed = len(bpe.choose({}, 0, kept)) + n_special

@@ -96,10 +96,23 @@ def test_whatever_a_result_depends_on_makes_it_anew(source, root, tmp_path, monk
     (source.folder / "words").write_text("z")
     source = Result(source.folder, disk.hash_folder(source.folder), source.report)
     folders.append(ran(stage, source, root).folder)
-    monkeypatch.setattr(disk, "hash_path", lambda path, plain=disk.hash_path: f"{plain(path)} {path.suffix}")
-    folders.append(ran(stage, source, root).folder)  # as if the code of the stage were another
+    monkeypatch.setattr(stages, "program", lambda path, plain=stages.program: [*plain(path), terms])
+    folders.append(ran(stage, source, root).folder)
     assert len(set(folders)) == len(calls) == len(folders)
     assert (folders[3] / "words").read_text() == "zb"
+
+
+def test_a_program_is_a_module_and_all_that_it_imports_from_its_folder(tmp_path):
+    texts = {
+        "a": "import os\nfrom . import b\nfrom whisperlet import c",
+        "b": "def f():\n    from .d import x",
+        "c": "",
+        "d": "from . import a\nfrom .. import c\nfrom .absent import y",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert [path.stem for path in stages.program(tmp_path / "a.py")] == ["a", "b", "d"]
+    assert [path.stem for path in stages.program(tmp_path / "c.py")] == ["c"]
 
 
 @pytest.mark.parametrize("damage", ["changed", "added", "gone", "no record", "nonsense"])
