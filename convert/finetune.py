@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from whisperlet.errors import ConfigError
 
-from . import augment, manifests
+from . import augment, manifests, stages
 from .augment import Augmentation
 from .manifests import Data, Utterance
 from .stages import CHECKPOINTS, RECORD, Stage, StageReport
@@ -65,7 +65,7 @@ class Finetune(Stage, frozen=True, kw_only=True, tag="finetune"):
     accumulation: int = 4  # batches to a step
     epochs: int = 9
     patience: int = 3  # scores without a new best, then it stops
-    score_steps: int = 0  # steps between scores; 0: an epoch
+    score_steps: int = 0  # steps between scores, the last one is always scored; 0: an epoch
     save_steps: int = 25  # steps between checkpoints
     silence: int = 128  # frames of 20 ms after each recording
     correction_weight: float = 0.0  # of a loss on the decoder alone: a transcript with mistakes -> the right one
@@ -172,8 +172,7 @@ def alone(recipe: Recipe, out: Path, console: Console) -> StageReport:
     stage = of(recipe)
     if (out / "config.json").exists():
         raise ConfigError(f"{out}: holds a checkpoint already")
-    if found := stage.problems():
-        raise ConfigError("; ".join(found))
+    stages.check([stage])
     from . import chain, model
 
     out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import ast
 import importlib
 import inspect
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from . import disk
 
 CHECKPOINTS = "checkpoints"  # folder in `out_dir`; does not become part of the result
 RECORD = "stage.json"  # beside the checkpoint, written last
+_VARIABLE = re.compile(r"\$\{?(\w+)")
 _KEY_LENGTH = 16  # hexadecimal digits in a folder's name
 
 Wait = Callable[[], None]  # called again and again while another run makes the same
@@ -89,10 +91,17 @@ def located(path: str) -> Path:
 
 
 def check(stages: Sequence[Stage]) -> None:
-    """Raise ConfigError with everything that would stop one of them."""
-    found = [f"{tag(stage)}: {problem}" for stage in stages for problem in stage.problems()]
-    if found:
-        raise ConfigError("; ".join(found))
+    """Raise ConfigError with everything that would stop one of them, each thing once."""
+    found = dict.fromkeys(f"{tag(stage)}: {problem}" for stage in stages for problem in stage.problems())
+    unset = {name for problem in found for name in _unset(problem)}
+    said = [f"${name}: is not set, and paths of the recipe begin with it" for name in sorted(unset)]
+    if said := [*said, *(problem for problem in found if not _unset(problem))]:
+        raise ConfigError("; ".join(said))
+
+
+def _unset(problem: str) -> list[str]:
+    """Variables that a problem's path names and that nobody has set."""
+    return [name for name in _VARIABLE.findall(problem) if name not in os.environ]
 
 
 def run(stage: Stage, source: Result, root: Path, progress: Progress, wait: Wait) -> Result:

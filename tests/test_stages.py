@@ -252,6 +252,18 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path):
     stages.check([Copy(word="b", file=str(tmp_path))])
 
 
+def test_a_variable_that_is_not_set_is_named_once_and_what_else_is_missing_too(tmp_path, monkeypatch):
+    monkeypatch.delenv("RECORDINGS", raising=False)
+    missing = [Copy(word="b", file=file) for file in ("$RECORDINGS/one", "${RECORDINGS}/two", "gone", "gone")]
+    with pytest.raises(ConfigError) as refused:
+        stages.check(missing)
+    said = "$RECORDINGS: is not set, and paths of the recipe begin with it; copy: gone: no such file or folder"
+    assert str(refused.value) == said
+    monkeypatch.setenv("RECORDINGS", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{tmp_path}/one: no such file or folder; copy: .*/two"):
+        stages.check(missing)
+
+
 def test_a_path_is_written_as_in_a_shell(monkeypatch):
     monkeypatch.setenv("HOME", "/there")
     monkeypatch.setenv("SPEECH", "/data")
