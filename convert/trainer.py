@@ -87,7 +87,7 @@ class Tuner(Trainer):
             data_collator=lessons.collate,
             train_dataset=lessons,
             eval_dataset=lessons,  # `evaluate` takes its own
-            callbacks=[_Epoch(self.sampler), _Sealed(), *callbacks],
+            callbacks=[_Epoch(self.sampler), _Last(), _Sealed(), *callbacks],
         )
         self.remove_callback(PrinterCallback)
 
@@ -148,6 +148,14 @@ class _Epoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self._sampler.epoch = int(state.epoch or 0)
+
+
+class _Last(TrainerCallback):
+    """Scores after the last step too, where scores come every so many of them: the weights there are the most trained."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+            control.should_evaluate = True
 
 
 class _Sealed(TrainerCallback):

@@ -155,6 +155,12 @@ def score_as(patch, score):
     patch.setattr(trainer.Tuner, "evaluate", evaluate)
 
 
+@pytest.mark.parametrize(("every", "scored"), [(3, [0, 3, 4]), (2, [0, 2, 4])])
+def test_the_last_step_is_scored_once_whatever_the_steps_between_scores(make, folder, tmp_path, every, scored):
+    report = tuned(make(test=(), canary=(), epochs=2, score_steps=every), folder, tmp_path)
+    assert [point["step"] for point in report.details["curve"]] == scored
+
+
 def test_nothing_is_kept_that_is_worse_than_before(make, folder, tmp_path, monkeypatch):
     score_as(monkeypatch, lambda step: step)
     tuned(make(test=(), canary=(), epochs=2), folder, tmp_path / "out")
