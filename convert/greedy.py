@@ -5,6 +5,7 @@ Quicker than `reference` by an order of magnitude, and without the agent's polic
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,15 +43,16 @@ def transcribe(
 ) -> list[list[int]]:
     """Ids that a Whisper says of each clip (log10 mel power, language), special ones left out.
 
-    Clips of a batch should be of like length; `silence` frames of 20 ms stand after the longest. The encoder computes in
-    `dtype`; the decoder in float32, since to shorten its matrices for each token takes longer than it saves.
+    Clips of a batch should be of like length; `silence` frames of 20 ms stand after the longest. Computes in `dtype`; the
+    decoder's matrices are shortened once, since to do so for each token would take longer than it saves.
     """
     device = model.proj_out.weight.device
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        encoded = encode(model.model.encoder, [power.to(device) for power, _ in batch], silence).float()
+        encoded = encode(model.model.encoder, [power.to(device) for power, _ in batch], silence).to(dtype)
+    decoder = model.model.decoder if dtype == torch.float32 else copy.deepcopy(model.model.decoder).to(dtype)
     prompts = torch.tensor([prompt(generation, language) for _, language in batch], device=device)
     most = [_n_tokens(power) for power, _ in batch]
-    rows = say(model.model.decoder, prompts, encoded, generation, max(most))
+    rows = say(decoder, prompts, encoded, generation, max(most))
     return [[one for one in row if one != generation.eot][:n] for row, n in zip(rows, most, strict=True)]
 
 

@@ -186,6 +186,19 @@ def test_a_batch_is_heard_as_each_recording_alone(checkpoint):
     assert len({tuple(ids) for ids in heard}) == 3
 
 
+def test_half_precision_hears_the_same_beginning_and_leaves_the_model_as_it_was(checkpoint):
+    clips = [(streaming.log_power(to_float32(toy.babble(1.0, seed)), 80), "en") for seed in range(4)]
+    before = {name: p.clone() for name, p in checkpoint.model.named_parameters()}
+    whole, half = (
+        greedy.transcribe(checkpoint.model, checkpoint.generation, clips, 64, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert sum(a[:2] == b[:2] for a, b in zip(whole, half, strict=True)) >= 3
+    for name, parameter in checkpoint.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, before[name]), name
+
+
 @torch.inference_mode()
 def alone(checkpoint, power):
     padded = streaming.pad([power], 3000)
