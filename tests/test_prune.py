@@ -166,6 +166,21 @@ def test_the_search_takes_the_cheapest_by_weight():
         search.search(cuts, 10_000, 0.7)
 
 
+def test_the_last_cut_is_cheap_rather_than_cheap_by_weight():
+    cuts = [Cut("encoder.0.ffn", "encoder.0", 8, 5000, 1.0), Cut("encoder.1.ffn", "encoder.1", 48, 600, 0.3)]
+    assert search.search(cuts, 10_000, 0.95) == [cuts[1]]
+    assert search.search(cuts, 10_000, 0.9) == [cuts[0]]
+
+
+def test_a_deeper_cut_costs_what_it_adds_to_the_one_that_was_made():
+    cuts = [
+        Cut("encoder.0.ffn", "encoder.0", 48, 1000, 0.1),
+        Cut("encoder.0.ffn", "encoder.0", 16, 2000, 0.25),
+        Cut("encoder.1.ffn", "encoder.1", 48, 1000, 0.2),
+    ]
+    assert search.search(cuts, 10_000, 0.8) == [cuts[1]]
+
+
 def test_a_layer_takes_its_parts_along_and_the_last_one_stays():
     cuts = [
         HALF_ENCODER,
@@ -180,6 +195,18 @@ def test_a_layer_takes_its_parts_along_and_the_last_one_stays():
 def test_a_deeper_cut_is_never_cheaper():
     cuts = [Cut("a.0.ffn", "a.0", 3, 30, 0.2), Cut("a.0.ffn", "a.0", 5, 10, -0.1), Cut("a.0.ffn", "a.0", 4, 20, 0.3)]
     assert [(cut.kept, cut.cost) for cut in search.monotone(cuts)] == [(5, 0.0), (4, 0.3), (3, 0.3)]
+
+
+def test_heads_that_follow_the_audio_are_not_cut_one_by_one(parent, audio, tmp_path):
+    job = prune._Job(stage(audio, levels=8), parent, tmp_path, progress())
+    assert parent.generation.alignment_heads == ((0, 1), (1, 0), (1, 2))
+    assert [job._protected(f"decoder.{n}.{kind}") for n in (0, 1) for kind in ("cross", "self")] == [
+        [1],
+        [],
+        [0, 2],
+        [],
+    ]
+    assert job._protected("encoder.0.self") == []
 
 
 # What parts are worth
@@ -239,6 +266,24 @@ def test_a_refit_is_the_least_squares_solution():
     )
     assert errors[0] < 0.5 * errors[1]
     assert float(errors[0]) == pytest.approx(float(third.square().mean()), rel=0.02)
+
+
+def test_a_solution_is_put_in_place_with_its_bias():
+    closing = torch.nn.Linear(6, 3).requires_grad_(requires_grad=False)
+    found = torch.randn(7, 3)
+    refit.put(closing, found)
+    assert torch.equal(refit.affine(closing), found)
+    assert torch.equal(closing.bias, found[6])
+
+
+def test_what_is_not_seen_keeps_its_weights():
+    """Values that are nearly always zero: the ridge draws what they are multiplied with to what it was."""
+    values, before = torch.zeros(50, 2), torch.tensor([[3.0], [5.0], [0.0]])
+    values[:, 0] = torch.linspace(-1, 1, 50)
+    seen = importance.with_constant(values)
+    found = refit.solve(importance.gram(seen), importance.gram(seen, 2 * values[:, :1]), before)
+    assert float(found[0]) == pytest.approx(2.0, abs=0.1)
+    assert float(found[1]) == pytest.approx(5.0)
 
 
 def test_teachers_repeat_themselves_only_where_they_find_no_end(parent, lessons):

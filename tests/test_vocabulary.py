@@ -52,7 +52,7 @@ def save_checkpoint(folder):
 
     tokenizer = make_tokenizer()
     ids = tokenizer.get_vocab()
-    eot, space, wizard = ids["<|endoftext|>"], ids["Ġ"], ids["Ġw"]
+    eot, space, moved = ids["<|endoftext|>"], ids["Ġ"], ids["Ġhad"]  # which gets another id
     torch.manual_seed(0)
     config = WhisperConfig(
         vocab_size=len(ids) + 5,  # rows that no token names
@@ -75,7 +75,7 @@ def save_checkpoint(folder):
             if name != "model.encoder.embed_positions.weight":
                 parameter.normal_(mean=float("norm.weight" in name), std=0.2)
     folder.mkdir()
-    whisper.generation_config.suppress_tokens = [ids["!"], wizard]
+    whisper.generation_config.suppress_tokens = [ids["!"], moved]
     whisper.generation_config.begin_suppress_tokens = [space, eot]
     whisper.generation_config.alignment_heads = [[1, 0]]
     whisper.save_pretrained(folder)
@@ -159,7 +159,8 @@ def test_what_steers_decoding_is_found_under_its_new_id(before, trimmed):
     for role in ("sot", "eot", "transcribe", "translate", "no_timestamps", "no_speech"):
         assert ours[getattr(after.generation, role)] == theirs[getattr(before.generation, role)]
     assert {code: ours[i] for code, i in after.generation.lang_ids.items()} == {"en": "<|en|>", "de": "<|de|>"}
-    assert [ours[i] for i in after.generation.suppress_tokens] == ["!", "Ġw"]
+    assert [ours[i] for i in after.generation.suppress_tokens] == ["!", "Ġhad"]
+    assert after.generation.suppress_tokens != before.generation.suppress_tokens
     assert [ours[i] for i in after.generation.begin_suppress_tokens] == ["Ġ", "<|endoftext|>"]
     config = after.model.config
     assert config.eos_token_id == config.pad_token_id == config.bos_token_id == after.generation.eot
@@ -179,6 +180,12 @@ def test_text_comes_before_the_end_of_text_and_what_steers_after_it(trimmed):
 def test_a_suppressed_token_that_is_gone_is_not_listed(folder, tmp_path):
     after, _ = cut(folder, tmp_path / "out", corpus=(written(tmp_path, "kalt"),))
     assert [names(after)[i] for i in after.generation.suppress_tokens] == ["!"]
+
+
+def test_symbols_are_kept_unless_they_are_never_said(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(words, "symbols", lambda bpe: {"Ġhad", "Ġthe"})
+    after, _ = cut(folder, tmp_path / "out", corpus=(written(tmp_path, "kalt"),))
+    assert {"Ġhad", "Ġthe"} & set(names(after).values()) == {"Ġthe"}
 
 
 def written(folder, text, name="words.txt"):
@@ -210,6 +217,11 @@ def test_what_is_listed_is_spelled_as_before(before, trimmed):
     assert len(kept) >= 4
     assert new.encode(kept) == old.encode(kept)
     assert trimmed[1].details["spelled_as_before"]["en"] >= 0.8
+
+
+def test_what_is_spelled_as_before_is_counted_by_how_often_it_is_said(before):
+    bpe = Bpe(before.tokenizer_json)
+    assert words.coverage(bpe, "en", set(bpe.bytes) | bpe.made_of("Ġthe")) == pytest.approx(LIST["the"])
 
 
 def test_what_is_spelled_with_kept_tokens_is_spelled_as_before_whatever_is_kept(before):
