@@ -253,7 +253,10 @@ def test_growing_keeps_what_is_there():
     assert stream.cross["cross_k_0"][1, :, 2].tolist() == [0, 1, 2, 3, 4, 5] + [0] * 14
     assert stream.cross["cross_v_0"][1, 2].tolist() == [0, 1, 2, 3, 4, 5] + [0] * 14
     stream.begin()
-    assert (stream.committed, stream.n_frames, stream.n_cross) == (0, 0, 20)
+    assert (stream.committed, stream.n_frames, stream.n_cross) == (0, 0, 8)  # small again
+    assert {tensor.shape for tensor in stream.cross.values()} == {(4, 8, 16), (4, 16, 8)}
+    stream.grow(20)
+    assert stream.cross["cross_k_0"].shape == (4, 20, 16)
 
 
 def test_stream_mask():
