@@ -219,6 +219,15 @@ def test_every_signature_computes_what_four_bits_say(four, whisper, toy_folder):
         parity.compare_signatures(probe, floats, target, packed=wrong)
 
 
+def test_four_bits_may_be_a_little_further_off():
+    row = parity.SignatureParity("decode_1", float_max_abs=0.001, int8_max_abs=0.7, int8_cosine=0.985)
+    parity._check(row, parity.MIN_MIXED_COSINE)
+    with pytest.raises(ModelError, match=r"decode_1 does not compute .* is 0\.9850, where 0\.99 is the least$"):
+        parity._check(row, parity.MIN_INT8_COSINE)
+    with pytest.raises(ModelError, match=r"before rounding it is up to 0\.06 off, where 0\.05 may be"):
+        parity._check(parity.SignatureParity("decode_1", 0.06), parity.MIN_MIXED_COSINE)
+
+
 def test_a_bundle_with_four_bits_hears(four, toy_bundle, tmp_path, monkeypatch):
     _, target = four
     bundled(target, toy_bundle, litert_only="matrices of four bits")()
