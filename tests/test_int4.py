@@ -78,6 +78,15 @@ def test_rounding_minds_what_comes_in(block):
     assert (fitted - weight).abs().max() < 20 * (plain - weight).abs().max()
 
 
+def test_scales_fit_what_is_pushed_on_to_a_block():
+    """The second half is zero, hears the same as the first, and has to make up for it."""
+    weight, seen = weights(n_in=64), torch.randn(400, 64, generator=torch.Generator().manual_seed(3))
+    weight[:, 32:], seen[:, 32:] = 0.0, seen[:, :32] + 0.01 * seen[:, 32:]
+    plain, fitted = (int4.pack(weight, 32, energy).values() for energy in (None, seen.T @ seen))
+    lost = [float((seen @ (weight - rounded).T).square().sum()) for rounded in (plain, fitted)]
+    assert lost[1] < 0.3 * lost[0]
+
+
 def test_bytes_are_those_in_the_file():
     packed = int4.pack(weights())
     codes = packing.two_a_byte(packed.codes.numpy())
