@@ -59,6 +59,7 @@ class RecogniserConfig(Section, frozen=True):
     hop_ms: Annotated[int, msgspec.Meta(ge=100, le=5000)] = 300  # between two partials
     overlap_frames: int | None = None  # of the streaming encoder, 20 ms each; None: the bundle's first
     final_pass: bool = True  # hear each utterance once more as a whole when it has ended
+    join_pause_ms: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 1500  # or less: heard with what was said before
     settle_ms: Annotated[int, msgspec.Meta(ge=0, le=5000)] = 260  # of silence; then the final is heard in advance
     silence_frames: Annotated[int, msgspec.Meta(ge=0, le=1000)] | None = None  # None: as measured for the language
     no_speech_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6

@@ -114,31 +114,34 @@ def greedy(
     limit: int,
     block: int,
     terms: Terms | None = None,
+    said: Sequence[int] = (),
 ) -> Hypothesis:
     """Greedy transcript, token for token what going one by one gives, with a draft verified on the way.
 
     Each pass takes the tokens that are known but not yet in the state, then up to `block` in all of the draft. What
     the model would have said itself is kept, up to the first difference; see `Guess` for how it goes on there.
-    Terms are preferred; probabilities are what they are without them.
+    Terms are preferred; probabilities are what they are without them. With `said`, a text that the audio begins with,
+    the transcript is what follows it, which may be nothing: how likely that is then stands for the doubt of speech.
     """
     tokens: list[int] = []
     logprobs: list[float] = []
     no_speech_prob = 0.0
-    known, guess = list(prompt), Guess(draft, block)
+    known, guess = [*prompt, *said], Guess(draft, block)
     while True:
         proposal = guess.ahead(len(known))
         logits = decoder.decode(known + proposal)
         if not tokens:
-            no_speech_prob = probability_at(logits[0], vocabulary.no_speech)
-        rows = suppress(logits[len(known) - 1 :], vocabulary, first=not tokens)
+            row, token = (len(known) - 1, vocabulary.eot) if said else (0, vocabulary.no_speech)
+            no_speech_prob = probability_at(logits[row], token)
+        rows = suppress(logits[len(known) - 1 :], vocabulary, first=not tokens and not said)
         picks = preferred(rows, tokens, proposal, vocabulary, terms)
         n = agreed(picks, proposal)
         decoder.position -= len(proposal) - n
-        said = picks[: n + 1]
-        guess.hear(n, len(proposal), said[-1])
-        logprobs += log_softmax_at(rows[: n + 1], said)
-        known = [said[-1]]
-        for token in said:
+        new = picks[: n + 1]
+        guess.hear(n, len(proposal), new[-1])
+        logprobs += log_softmax_at(rows[: n + 1], new)
+        known = [new[-1]]
+        for token in new:
             tokens.append(token)
             kept, looped = _kept(tokens, vocabulary.eot, limit)
             if kept is not None:

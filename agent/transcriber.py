@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -24,37 +25,12 @@ from .engine import Engine
 from .follower import Bound, Follower
 from .memory import give_back_memory
 from .messages import SpeechChunk, Transcript
+from .segment import Before, Heard, Segment
 from .terms import Terms
 
 TOKENS_PER_SECOND = 25  # no language that Whisper spells byte by byte is spoken faster
 MIN_TOKENS = 16
 MIN_DETECT_FRAMES = 50  # of speech before its language is judged
-
-
-class Segment:
-    """What is known of the segment that is being heard. Mutable; one at a time."""
-
-    def __init__(self, first: SpeechChunk, n_mels: int) -> None:
-        self.utterance, self.segment, self.start = first.utterance, first.segment, first.start
-        self.logmel = LogMel(n_mels)
-        self.revision = 0
-        self.language: str | None = None  # of the partials, once it is known
-        self.voiced_end: int | None = None  # samples from `start` to the end of what is voiced; None: not told
-        self.voiced_heard = 0  # samples that were fed when the last partial was made
-        self.draft: list[int] = []  # tokens to verify
-        self.in_advance: tuple[int, Heard] | None = None  # the final, should the speech end with that sample
-        self.last: SpeechChunk | None = None  # the chunk that ended it
-
-
-class Heard(msgspec.Struct, frozen=True):
-    """One look at the audio."""
-
-    hypothesis: Hypothesis
-    language: str
-    encode_ms: float
-    decode_ms: float
-    stable: int | None = None  # tokens that will not change; None: all
-    in_advance: bool = False
 
 
 NOTHING_HEARD = Heard(Hypothesis([], avg_logprob=0.0, no_speech_prob=1.0, looped=False), "", 0.0, 0.0)
@@ -66,6 +42,7 @@ class Transcriber:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: RecogniserConfig) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.manifest = engine.manifest
+        self._room = self.manifest.dims.n_text_ctx - 8  # for tokens of texts
         self._terms: Terms | None = None
         self._listed: list[str] = []
         self.retune(config)
@@ -73,6 +50,7 @@ class Transcriber:
         self._decoder = Bound(engine)
         self._follower = Follower(self._decoder, self.manifest, self._stream_spec()) if self.manifest.streams else None
         self._segment: Segment | None = None
+        self._before: Before | None = None  # the segment that was heard last, if anything was said
 
     def retune(self, config: RecogniserConfig) -> None:
         """Go on under another configuration from the next segment on; the way of streaming stays as it was built."""
@@ -108,7 +86,8 @@ class Transcriber:
         """Take in audio. The first chunk of another segment starts that one."""
         if self._segment is None or (self._segment.utterance, self._segment.segment) != chunk.key:
             self._adopt()
-            self._segment = Segment(chunk, self.manifest.dims.n_mels)
+            near = self._before and self._before.is_just_before(chunk, self.config.join_pause_ms)
+            self._segment = Segment(chunk, self.manifest.dims.n_mels, self._before if near else None)
             if self._follower:
                 self._follower.begin()
         segment = self._segment
@@ -167,42 +146,62 @@ class Transcriber:
     def finish(self) -> Transcript:
         """The final of the segment whose last chunk has been fed, which equals an offline decode of its speech.
 
-        With `final_pass = false` it is what the stream has come to instead.
+        One that follows another soon is decoded as what comes after that one's text, in the audio of both. With
+        `final_pass = false` it is what the stream has come to instead.
         """
         segment = self._segment
         assert segment is not None, "nothing was fed"
         assert segment.last is not None, "the segment goes on"
-        self._segment = None
+        self._segment = self._before = None
         end = segment.last.speech_end - segment.start
         if end <= 0:  # what follows a forced cut may hold no speech
             return self._transcript(segment, NOTHING_HEARD, 0)
+        heard = self._final(segment, end)
+        final = self._transcript(segment, heard, end)
+        if final.text:
+            tokens = heard.hypothesis.tokens
+            self._before = Before(final.key, segment.logmel, segment.start, final.end, tokens, heard.language)
+        return final
+
+    def _final(self, segment: Segment, end: int) -> Heard:
         if segment.in_advance and segment.in_advance[0] == end:
-            return self._transcript(segment, segment.in_advance[1], end)
+            return segment.in_advance[1]
         is_exact = self.config.final_pass or self._follower is None
-        return self._transcript(segment, self._exact(segment, end) if is_exact else self._streamed(segment), end)
+        return self._exact(segment, end) if is_exact else self._streamed(segment)
 
     def reset(self) -> None:
-        """Forget the segment in hand."""
-        self._segment = None
+        """Forget the segment in hand, and the one before."""
+        self._segment = self._before = None
 
     def _exact(self, segment: Segment, end: int) -> Heard:
         """One look at the whole segment, further ones with more silence while it ends in a repetition: that ends most."""
+        heard = self._together(segment, end)
         windows = self._windows(end, self.language)
-        heard = self._hear(segment, end, windows.pop(0))
-        while heard.hypothesis.looped and windows:
-            segment.draft = []  # leads astray
-            heard = self._hear(segment, end, windows.pop(0))
+        while heard is None or (heard.hypothesis.looped and windows):
+            if heard:
+                segment.draft = []  # leads astray
+            heard = self._hear(segment, segment.logmel, end, windows.pop(0))
         return heard
 
-    def _hear(self, segment: Segment, end: int, n_frames: int) -> Heard:
-        """Encode a window with the audio up to sample `end` and decode it, verifying what was heard before."""
+    def _together(self, segment: Segment, end: int) -> Heard | None:
+        """The segment as what follows the one before it; None if there is none, or nothing seems to follow it."""
+        before = segment.before
+        if before is None or before.language != self.language or len(before.tokens) > self._room // 2:
+            return None
+        both = before.together(segment, end)
+        n_frames = self._windows(both.n_samples, self.language)[0] if both else 0
+        heard = self._hear(segment, both, both.n_samples, n_frames, before.tokens) if both else None
+        return heard if heard and heard.hypothesis.tokens else None  # the same words again may be taken for an echo
+
+    def _hear(self, segment: Segment, audio: LogMel, end: int, n_frames: int, said: Sequence[int] = ()) -> Heard:
+        """Encode a window with the audio up to sample `end` and decode what follows `said`, verifying the draft."""
         began = time.perf_counter()
         if self._follower:
             self._follower.displace()
-        self.engine.encode(self._decoder.state, segment.logmel.window(2 * n_frames, end))
+        self.engine.encode(self._decoder.state, audio.window(2 * n_frames, end))
         encoded = time.perf_counter()
         language = self.language or self._detect()
-        hypothesis = self._verified(language, segment.draft, end)
+        hypothesis = self._verified(language, segment.draft, end, said)
         segment.draft = hypothesis.tokens
         decoded = time.perf_counter()
         return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded))
@@ -222,16 +221,17 @@ class Transcriber:
         decoded = time.perf_counter()
         return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded))
 
-    def _verified(self, language: str, draft: list[int], end: int) -> Hypothesis:
-        """What the decoder says about the audio that it looks at."""
+    def _verified(self, language: str, draft: list[int], end: int, said: Sequence[int] = ()) -> Hypothesis:
+        """What the decoder says about the audio that it looks at, after what was said of it before."""
         return decoding.greedy(
             self._decoder,
             self.manifest.vocabulary,
             self.tokenizer.prompt(language),
             draft=draft,
-            limit=self._token_limit(end),
+            limit=self._token_limit(end) - len(said),
             block=max(self.manifest.decode_tokens),
             terms=self._terms,
+            said=said,
         )
 
     def _windows(self, end: int, language: str | None) -> list[int]:
@@ -252,7 +252,7 @@ class Transcriber:
     def _token_limit(self, end: int) -> int:
         """How many tokens the audio can hold, within the decoder's context."""
         by_audio = MIN_TOKENS + TOKENS_PER_SECOND * end // (FRAMES_PER_SECOND * SAMPLES_PER_FRAME)
-        return min(by_audio, self.manifest.dims.n_text_ctx - 8)
+        return min(by_audio, self._room)
 
     def _detect(self) -> str:
         vocabulary = self.manifest.vocabulary

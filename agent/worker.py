@@ -44,6 +44,7 @@ def load(start: Start, bundle: Bundle) -> transcriber.Transcriber:
     ready = transcriber.build(bundle, engine, start.config)
     ready.feed(transcriber.whole(np.zeros(1600, np.int16)))
     ready.finish()
+    ready.reset()
     return ready
 
 

@@ -192,9 +192,9 @@ def test_clips_of_several_languages_keep_their_order(run, tmp_path, toy_path, to
 
 
 def test_segment(run, tmp_path, toy_path, toy_bundle, litert, clips):
-    """Two sentences with a pause: one utterance as a clip, two for the gate."""
+    """Two sentences with a pause too long to hear them together: one utterance as a clip, two for the gate."""
     spoken = soundfile.read(clips[2], dtype="int16")[0]
-    pcm = np.concatenate([spoken, np.zeros(24_000, np.int16), spoken[:20_000], np.zeros(16_000, np.int16)])
+    pcm = np.concatenate([spoken, np.zeros(48_000, np.int16), spoken[:20_000], np.zeros(16_000, np.int16)])
     found = list(segments(np.concatenate([pcm, np.zeros(playing.TAIL, np.int16)]), VadConfig()))
     assert len(found) == 2
     texts = in_process(toy_bundle, litert, *(pcm[s.start : s.speech_end] for s in found), pcm)

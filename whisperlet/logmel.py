@@ -61,6 +61,11 @@ class LogMel:
         self.n_samples = 0
         self.n_frames = 0  # complete ones
 
+    @property
+    def samples(self) -> Float32:
+        """All that was fed. shape = (n_samples,)"""
+        return self._samples[: self.n_samples]
+
     def feed(self, samples: Float32) -> None:
         """Append audio of shape (n,). Raises ValueError past 30 s."""
         end = self.n_samples + len(samples)

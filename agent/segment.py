@@ -1,0 +1,68 @@
+"""The segment that is being heard, and the one before it, which the decoder may have in mind."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from whisperlet.audio import samples
+from whisperlet.logmel import MAX_SAMPLES, LogMel
+
+from .decoding import Hypothesis
+from .messages import SpeechChunk
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """One look at the audio."""
+
+    hypothesis: Hypothesis
+    language: str
+    encode_ms: float
+    decode_ms: float
+    stable: int | None = None  # tokens that will not change; None: all
+    in_advance: bool = False
+
+
+class Segment:
+    """What is known of the segment that is being heard. Mutable; one at a time."""
+
+    def __init__(self, first: SpeechChunk, n_mels: int, before: Before | None = None) -> None:
+        self.utterance, self.segment, self.start = *first.key, first.start
+        self.logmel = LogMel(n_mels)
+        self.before = before  # what was said a moment ago
+        self.revision = 0
+        self.language: str | None = None  # of the partials, once it is known
+        self.voiced_end: int | None = None  # samples from `start` to the end of what is voiced; None: not told
+        self.voiced_heard = 0  # samples that were fed when the last partial was made
+        self.draft: list[int] = []  # tokens to verify
+        self.in_advance: tuple[int, Heard] | None = None  # the final, should the speech end with that sample
+        self.last: SpeechChunk | None = None  # the chunk that ended it
+
+
+class Before(msgspec.Struct, frozen=True):
+    """A segment that was heard. Of one that follows soon, a few words by themselves are often misheard."""
+
+    key: tuple[int, int]
+    logmel: LogMel
+    start: int  # sample that its audio begins with
+    end: int  # sample after its speech
+    tokens: list[int]
+    language: str
+
+    def is_just_before(self, first: SpeechChunk, pause_ms: float) -> bool:
+        """Whether another is the next segment and begins no longer than that after the speech."""
+        is_next = self.key < first.key and first.utterance <= self.key[0] + 1
+        return is_next and 0 <= first.start - self.end <= samples(pause_ms)
+
+    def together(self, segment: Segment, end: int) -> LogMel | None:
+        """Its audio and the other's up to that one's sample `end`, in their places; None if no window holds both."""
+        gap = segment.start - self.start
+        if gap + end > MAX_SAMPLES:
+            return None
+        both = np.zeros(gap + end, np.float32)  # what neither has between them is silence
+        own = self.logmel.samples[:gap]
+        both[: len(own)] = own
+        both[gap:] = segment.logmel.samples[:end]
+        made = LogMel(self.logmel.n_mels)
+        made.feed(both)
+        return made
