@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from whisperlet.audio import samples
-from whisperlet.logmel import MAX_SAMPLES, LogMel
+from whisperlet.logmel import LogMel
 
 from .decoding import Hypothesis
 from .messages import SpeechChunk
@@ -54,10 +54,10 @@ class Before(msgspec.Struct, frozen=True):
         is_next = self.key < first.key and first.utterance <= self.key[0] + 1
         return is_next and 0 <= first.start - self.end <= samples(pause_ms)
 
-    def together(self, segment: Segment, end: int) -> LogMel | None:
-        """Its audio and the other's up to that one's sample `end`, in their places; None if no window holds both."""
+    def together(self, segment: Segment, end: int, most: int) -> LogMel | None:
+        """Its audio and the other's up to that one's sample `end`, in their places; None if they are over `most`."""
         gap = segment.start - self.start
-        if gap + end > MAX_SAMPLES:
+        if gap + end > most:
             return None
         both = np.zeros(gap + end, np.float32)  # what neither has between them is silence
         own = self.logmel.samples[:gap]

@@ -146,8 +146,7 @@ class Transcriber:
     def finish(self) -> Transcript:
         """The final of the segment whose last chunk has been fed, which equals an offline decode of its speech.
 
-        One that follows another soon is decoded as what comes after that one's text, in the audio of both. With
-        `final_pass = false` it is what the stream has come to instead.
+        One that follows another soon is heard with it. With `final_pass = false` it is what the stream has come to.
         """
         segment = self._segment
         assert segment is not None, "nothing was fed"
@@ -188,7 +187,8 @@ class Transcriber:
         before = segment.before
         if before is None or before.language != self.language or len(before.tokens) > self._room // 2:
             return None
-        both = before.together(segment, end)
+        most = self.manifest.cross_frames[0] - self._silence(self.language)  # more would take time and memory
+        both = before.together(segment, end, most * SAMPLES_PER_FRAME)
         n_frames = self._windows(both.n_samples, self.language)[0] if both else 0
         heard = self._hear(segment, both, both.n_samples, n_frames, before.tokens) if both else None
         return heard if heard and heard.hypothesis.tokens else None  # the same words again may be taken for an echo
