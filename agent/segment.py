@@ -23,6 +23,9 @@ class Heard(msgspec.Struct, frozen=True):
     in_advance: bool = False
 
 
+NOTHING_HEARD = Heard(Hypothesis([], avg_logprob=0.0, no_speech_prob=1.0, looped=False), "", 0.0, 0.0)
+
+
 class Segment:
     """What is known of the segment that is being heard. Mutable; one at a time."""
 

@@ -52,8 +52,9 @@ class StreamState:
     def __init__(self, dims: Dims, spec: StreamSpec, n_cross: int) -> None:
         self.spec = spec
         self.past = _zeros(dims, "past", spec.context)
-        self.cross = self._fresh = _zeros(dims, "cross", n_cross)
-        self.n_cross = self._n_fresh = n_cross  # frames that `cross` has room for
+        self.cross = _zeros(dims, "cross", n_cross)
+        self.n_cross = n_cross  # frames that `cross` has room for
+        self._dims, self._n_least = dims, n_cross
         self.committed = 0
         self.n_frames = 0  # of audio that `cross` holds
 
@@ -63,7 +64,8 @@ class StreamState:
         `cross` is as small again as at first: long talk is rare, and the decoder is slower over more frames.
         """
         self.committed = self.n_frames = 0
-        self.cross, self.n_cross = self._fresh, self._n_fresh
+        if self.n_cross > self._n_least:
+            self.cross, self.n_cross = _zeros(self._dims, "cross", self._n_least), self._n_least
 
     def take_in(self, outputs: dict[str, Float32], n_frames: int) -> None:
         """Keep what a step found out about `n_frames` frames; a step that was full commits its chunk."""
@@ -76,9 +78,10 @@ class StreamState:
 
     def grow(self, n_cross: int) -> None:
         """Make room for more frames."""
-        more = n_cross - self.n_cross
-        by_kind = {"k": ((0, 0), (0, more), (0, 0)), "v": ((0, 0), (0, 0), (0, more))}
-        self.cross = {name: np.pad(tensor, by_kind[name.split("_")[1]]) for name, tensor in self.cross.items()}
+        for name, tensor in self.cross.items():
+            more = n_cross - self.n_cross
+            width = ((0, 0), (0, more), (0, 0)) if "_k_" in name else ((0, 0), (0, 0), (0, more))
+            self.cross[name] = np.pad(tensor, width)
         self.n_cross = n_cross
 
 

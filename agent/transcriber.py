@@ -25,15 +25,12 @@ from .engine import Engine
 from .follower import Bound, Follower
 from .memory import give_back_memory
 from .messages import SpeechChunk, Transcript
-from .segment import Before, Heard, Segment
+from .segment import NOTHING_HEARD, Before, Heard, Segment
 from .terms import Terms
 
 TOKENS_PER_SECOND = 25  # no language that Whisper spells byte by byte is spoken faster
 MIN_TOKENS = 16
 MIN_DETECT_FRAMES = 50  # of speech before its language is judged
-
-
-NOTHING_HEARD = Heard(Hypothesis([], avg_logprob=0.0, no_speech_prob=1.0, looped=False), "", 0.0, 0.0)
 
 
 class Transcriber:
@@ -189,9 +186,11 @@ class Transcriber:
             return None
         most = self.manifest.cross_frames[0] - self._silence(self.language)  # more would take time and memory
         both = before.together(segment, end, most * SAMPLES_PER_FRAME)
-        n_frames = self._windows(both.n_samples, self.language)[0] if both else 0
-        heard = self._hear(segment, both, both.n_samples, n_frames, before.tokens) if both else None
-        return heard if heard and heard.hypothesis.tokens else None  # the same words again may be taken for an echo
+        if both is None:
+            return None
+        n_frames = self._windows(both.n_samples, self.language)[0]
+        heard = self._hear(segment, both, both.n_samples, n_frames, before.tokens)
+        return heard if heard.hypothesis.tokens else None  # the same words again may be taken for an echo
 
     def _hear(self, segment: Segment, audio: LogMel, end: int, n_frames: int, said: Sequence[int] = ()) -> Heard:
         """Encode a window with the audio up to sample `end` and decode what follows `said`, verifying the draft."""

@@ -304,12 +304,9 @@ def probe(html, folder, width):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-        options += [
-            "--remote-debugging-port=0",
-            f"--window-size={width},900",
-            f"http://127.0.0.1:{server.server_port}/",
-        ]
+        where = f"http://127.0.0.1:{server.server_port}/"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
+        options += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", where]
         browser = subprocess.Popen([BROWSER, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             return found.get(timeout=120)
