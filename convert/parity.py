@@ -165,7 +165,7 @@ def compare_signatures(
 
 
 def _check(row: SignatureParity, least: float) -> None:
-    if row.float_max_abs > MAX_FLOAT_ERROR or row.int8_cosine < least:
+    if not (row.float_max_abs <= MAX_FLOAT_ERROR and row.int8_cosine >= least):  # so that what is no number is refused
         raise ModelError(
             f"{row.signature} does not compute what the checkpoint does: before rounding it is up to "
             f"{row.float_max_abs:.2g} off, where {MAX_FLOAT_ERROR:g} may be; after it the cosine of what both put out is "

@@ -226,6 +226,9 @@ def test_four_bits_may_be_a_little_further_off():
         parity._check(row, parity.MIN_INT8_COSINE)
     with pytest.raises(ModelError, match=r"before rounding it is up to 0\.06 off, where 0\.05 may be"):
         parity._check(parity.SignatureParity("decode_1", 0.06), parity.MIN_MIXED_COSINE)
+    for values in ({"float_max_abs": float("nan")}, {"float_max_abs": 0.0, "int8_cosine": float("nan")}):
+        with pytest.raises(ModelError, match="nan"):
+            parity._check(parity.SignatureParity("decode_1", **values), parity.MIN_MIXED_COSINE)
 
 
 def test_a_bundle_with_four_bits_hears(four, toy_bundle, tmp_path, monkeypatch):
