@@ -11,6 +11,7 @@ import numpy as np
 from whisperlet.audio import Float32
 from whisperlet.bundle import Vocabulary
 
+from .alignment import PLACE_TOKENS, place
 from .guess import Guess, agreed
 from .state import Looks
 from .terms import Terms
@@ -19,7 +20,6 @@ MAX_PERIOD = 64  # tokens, a long sentence; a loop that is longer than this ends
 MIN_REPEATED = 12  # tokens that a loop must fill ...
 REWIND = 50  # frames, one second; heads that look further back than that have lost their place
 MAX_STALLED = 4  # hops without a stable token; then the place is held to be wrong, not the token
-PLACE_TOKENS = 5  # whose median look is where the decoder is
 LOST_SHARE = 0.5  # of the heads' attention; if more goes to the padding after the audio, nothing is left to hear
 MIN_REPEATS = 3  # ... and times that it must come round, before it counts as one
 
@@ -44,6 +44,7 @@ class Hypothesis(msgspec.Struct, frozen=True):
     avg_logprob: float  # natural logarithm, mean over the tokens and the end of text
     no_speech_prob: float
     looped: bool  # a repetition was cut
+    looks: list[int] = []  # frames that the tokens looked at
 
 
 def suppress(logits: Float32, vocabulary: Vocabulary, *, first: bool) -> Float32:
@@ -125,6 +126,7 @@ def greedy(
     """
     tokens: list[int] = []
     logprobs: list[float] = []
+    looks: list[int] = []
     no_speech_prob = 0.0
     known, guess = [*prompt, *said], Guess(draft, block)
     while True:
@@ -140,13 +142,14 @@ def greedy(
         new = picks[: n + 1]
         guess.hear(n, len(proposal), new[-1])
         logprobs += log_softmax_at(rows[: n + 1], new)
+        looks += decoder.looks.frames[len(known) - 1 :][: n + 1].tolist()
         known = [new[-1]]
         for token in new:
             tokens.append(token)
             kept, looped = _kept(tokens, vocabulary.eot, limit)
             if kept is not None:
                 counted = logprobs[: min(kept + 1, len(tokens))]  # a pass may have gone on past the limit
-                return Hypothesis(tokens[:kept], sum(counted) / len(counted), no_speech_prob, looped)
+                return Hypothesis(tokens[:kept], sum(counted) / len(counted), no_speech_prob, looped, looks[:kept])
 
 
 def _kept(tokens: Sequence[int], eot: int, limit: int) -> tuple[int | None, bool]:
@@ -222,7 +225,7 @@ def follow(
         logprobs = log_softmax_at(rows[: n + 1], picks[: n + 1])
         frames, beyond = (values[len(known) - 1 :].tolist() for values in decoder.looks)
         for token, logprob, frame, share in zip(picks[: n + 1], logprobs, frames, beyond, strict=False):
-            rewinds = frame < _place([*draft.looks, *heard.looks]) - REWIND and draft.n_stalled < MAX_STALLED
+            rewinds = frame < place([*draft.looks, *heard.looks]) - REWIND and draft.n_stalled < MAX_STALLED
             lost = rewinds or share > LOST_SHARE
             if token == vocabulary.eot or lost or len(heard.tokens) >= limit:
                 return _parted(heard, draft, n_agreed, frontier)
@@ -271,8 +274,3 @@ def _parted(heard: Found, draft: Draft, n_agreed: int, frontier: int) -> Draft:
         logprobs=heard.logprobs[: len(kept)],
         no_speech_prob=heard.no_speech_prob,
     )
-
-
-def _place(looks: list[int]) -> float:
-    """Frame at which the decoder is; one token that looks astray does not move it."""
-    return float(np.median(looks[-PLACE_TOKENS:])) if looks else 0.0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 
-from whisperlet.audio import samples
+from whisperlet.audio import SAMPLES_PER_FRAME, samples
 from whisperlet.logmel import LogMel
 
+from .alignment import is_once_through
 from .decoding import Hypothesis
 from .messages import SpeechChunk
 
@@ -21,6 +24,20 @@ class Heard(msgspec.Struct, frozen=True):
     decode_ms: float
     stable: int | None = None  # tokens that will not change; None: all
     in_advance: bool = False
+    astray: bool = False  # it repeats itself, or leaves out what was said
+
+
+class Stretch(msgspec.Struct, frozen=True):
+    """Audio to hear at once. Of what it holds, `said` was said before sample `first`."""
+
+    logmel: LogMel
+    end: int  # sample after the speech
+    first: int = 0
+    said: Sequence[int] = ()
+
+    def is_told_by(self, looks: Sequence[int]) -> bool:
+        """Whether tokens that looked at these frames leave nothing out, and say nothing twice."""
+        return is_once_through(looks, self.first // SAMPLES_PER_FRAME, self.end // SAMPLES_PER_FRAME)
 
 
 NOTHING_HEARD = Heard(Hypothesis([], avg_logprob=0.0, no_speech_prob=1.0, looped=False), "", 0.0, 0.0)
@@ -57,7 +74,7 @@ class Before(msgspec.Struct, frozen=True):
         is_next = self.key < first.key and first.utterance <= self.key[0] + 1
         return is_next and 0 <= first.start - self.end <= samples(pause_ms)
 
-    def together(self, segment: Segment, end: int, most: int) -> LogMel | None:
+    def together(self, segment: Segment, end: int, most: int) -> Stretch | None:
         """Its audio and the other's up to that one's sample `end`, in their places; None if they are over `most`."""
         gap = segment.start - self.start
         if gap + end > most:
@@ -68,4 +85,4 @@ class Before(msgspec.Struct, frozen=True):
         both[gap:] = segment.logmel.samples[:end]
         made = LogMel(self.logmel.n_mels)
         made.feed(both)
-        return made
+        return Stretch(made, gap + end, gap, self.tokens)

@@ -15,17 +15,17 @@ import numpy as np
 from whisperlet.audio import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, samples, to_float32
 from whisperlet.bundle import Bundle, StreamSpec
 from whisperlet.errors import ConfigError
-from whisperlet.logmel import MAX_SAMPLES, LogMel
+from whisperlet.logmel import MAX_SAMPLES
 from whisperlet.tokenizer import Tokenizer
 
-from . import decoding, rejection, term_list
+from . import decoding, rejection, term_list, windows
 from .config import RecogniserConfig, checked_language
 from .decoding import Hypothesis
 from .engine import Engine
 from .follower import Bound, Follower
 from .memory import give_back_memory
 from .messages import SpeechChunk, Transcript
-from .segment import NOTHING_HEARD, Before, Heard, Segment
+from .segment import NOTHING_HEARD, Before, Heard, Segment, Stretch
 from .terms import Terms
 
 TOKENS_PER_SECOND = 25  # no language that Whisper spells byte by byte is spoken faster
@@ -170,13 +170,13 @@ class Transcriber:
         self._segment = self._before = None
 
     def _exact(self, segment: Segment, end: int) -> Heard:
-        """One look at the whole segment, further ones with more silence while it ends in a repetition: that ends most."""
-        heard = self._together(segment, end)
-        windows = self._windows(end, self.language)
-        while heard is None or (heard.hypothesis.looped and windows):
+        """One look at the whole segment, further ones with more silence while that leads astray: it mends most."""
+        heard, own = self._together(segment, end), Stretch(segment.logmel, end)
+        sizes = self._windows(own)
+        while heard is None or (heard.astray and sizes):
             if heard:
                 segment.draft = []  # leads astray
-            heard = self._hear(segment, segment.logmel, end, windows.pop(0))
+            heard = self._hear(segment, own, sizes.pop(0))
         return heard
 
     def _together(self, segment: Segment, end: int) -> Heard | None:
@@ -188,22 +188,23 @@ class Transcriber:
         both = before.together(segment, end, most * SAMPLES_PER_FRAME)
         if both is None:
             return None
-        n_frames = self._windows(both.n_samples, self.language)[0]
-        heard = self._hear(segment, both, both.n_samples, n_frames, before.tokens)
+        heard = self._hear(segment, both, self._windows(both)[0])
         return heard if heard.hypothesis.tokens else None  # the same words again may be taken for an echo
 
-    def _hear(self, segment: Segment, audio: LogMel, end: int, n_frames: int, said: Sequence[int] = ()) -> Heard:
-        """Encode a window with the audio up to sample `end` and decode what follows `said`, verifying the draft."""
+    def _hear(self, segment: Segment, stretch: Stretch, n_frames: int) -> Heard:
+        """Encode a window with the audio and decode what is new in it, verifying the draft."""
         began = time.perf_counter()
         if self._follower:
             self._follower.displace()
-        self.engine.encode(self._decoder.state, audio.window(2 * n_frames, end))
+        self.engine.encode(self._decoder.state, stretch.logmel.window(2 * n_frames, stretch.end))
         encoded = time.perf_counter()
         language = self.language or self._detect()
-        hypothesis = self._verified(language, segment.draft, end, said)
+        hypothesis = self._verified(language, segment.draft, stretch.end, stretch.said)
         segment.draft = hypothesis.tokens
         decoded = time.perf_counter()
-        return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded))
+        is_kept = rejection.reason(hypothesis, self.config) is None  # what is withheld is not worth another look
+        astray = hypothesis.looped or (is_kept and not stretch.is_told_by(hypothesis.looks))
+        return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded), astray=astray)
 
     def _streamed(self, segment: Segment) -> Heard:
         """What the stream makes of the segment with some silence after it."""
@@ -233,13 +234,10 @@ class Transcriber:
             said=said,
         )
 
-    def _windows(self, end: int, language: str | None) -> list[int]:
-        """Encoder windows for the audio and the silence that the language needs: the smallest, one twice that, all."""
-        sizes, largest = self.manifest.encode_frames, max(self.manifest.encode_frames)
-        wanted = -(-end // SAMPLES_PER_FRAME) + self._silence(language)
-        first = min((n for n in sizes if n >= wanted), default=largest)
-        second = min((n for n in sizes if n >= 2 * first), default=largest)
-        return sorted({first, second, largest})
+    def _windows(self, stretch: Stretch) -> list[int]:
+        """Encoder windows to try, one after the other, for the audio and the silence that the language needs."""
+        n_frames = -(-stretch.end // SAMPLES_PER_FRAME) + self._silence(self.language)
+        return windows.to_try(self.manifest.encode_frames, n_frames)
 
     def _silence(self, language: str | None) -> int:
         """Frames of silence that the language needs after the speech."""

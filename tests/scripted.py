@@ -22,14 +22,16 @@ class ScriptedStream:
 
 
 class ScriptedEngine:
-    """Says `answer`, whatever it hears, each token looking at the start of the audio; takes notes."""
+    """Says `answer`, whatever it hears, its tokens looking at `frames`, by default at the start; takes notes."""
 
     def __init__(self, answer="", no_speech=0.0, certainty=30.0, language=toy.EN, **manifest):
         silence = {"default": 64, "haw": 200}
-        self.manifest = toy.make_manifest(encode_frames=[128, 256, 1500], silence_frames=silence, **manifest)
+        manifest = {"encode_frames": [128, 256, 1500], "silence_frames": silence, **manifest}
+        self.manifest = toy.make_manifest(**manifest)
         self.tokenizer = Tokenizer(make_tokenizer().to_str().encode(), self.manifest.vocabulary)
         self.answer = answer
         self.no_speech, self.certainty, self.language = no_speech, certainty, language
+        self.frames = []  # by token of the answer
         self.windows = []  # frames of each `encode`
         self.steps = []  # of each `listen`: signature, first frame, frames
         self.passes = []  # tokens of each `decode`
@@ -66,13 +68,19 @@ class ScriptedEngine:
     def decode(self, state, tokens):
         assert 0 <= state.position <= len(state.tokens)
         self.passes.append(list(tokens))
-        rows = []
+        rows, began = [], state.position - self._n_prompt + 1
         for token in tokens:
             state.tokens[state.position :] = [token]
             state.position += 1
             rows.append(self._logits(state.tokens))
-        state.looks = Looks(np.zeros(len(rows), np.int64), np.zeros(len(rows), np.float32))
+        places = dict(enumerate(self.frames))
+        frames = [places.get(i, 0) for i in range(began, began + len(rows))]
+        state.looks = Looks(np.array(frames), np.zeros(len(rows), np.float32))
         return np.stack(rows)
+
+    @property
+    def _n_prompt(self):
+        return 4 if self.manifest.vocabulary.transcribe else 2
 
     def _logits(self, tokens):
         logits = np.zeros(280, np.float32)
@@ -80,8 +88,7 @@ class ScriptedEngine:
             logits[self.language] = 5
             others = 278 + np.exp(5)
             logits[toy.NO_SPEECH] = np.log(others * self.no_speech / (1 - self.no_speech) + 1e-9)
-        n_prompt = 4 if self.manifest.vocabulary.transcribe else 2
-        said = len(tokens) - n_prompt
+        said = len(tokens) - self._n_prompt
         if said >= 0:
             logits[[*self._answer, toy.EOT][min(said, len(self._answer))]] += self.certainty
         return logits

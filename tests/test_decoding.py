@@ -22,6 +22,7 @@ from agent.decoding import (
     probability_at,
     suppress,
 )
+from agent.state import Looks
 
 VOCABULARY = toy.VOCABULARY
 PROMPT = [toy.SOT, toy.EN, toy.TRANSCRIBE, toy.NO_TIMESTAMPS]
@@ -41,6 +42,8 @@ class MadeUpDecoder(toy.TokenState):
         for token in tokens:
             self.tokens.append(token)
             rows.append(self._logits())
+        frames = [7 * n for n in range(len(self.tokens) - len(tokens), len(self.tokens))]
+        self.looks = Looks(np.array(frames), np.zeros(len(frames), np.float32))
         return np.stack(rows)
 
     def _logits(self):
@@ -73,6 +76,7 @@ def test_any_draft_gives_what_no_draft_gives(seed, n_words, block, limit, data):
     decoder = MadeUpDecoder(seed, n_words=n_words)
     found = hear(decoder, draft, limit, block)
     assert (found.tokens, found.looped) == (expected.tokens, expected.looped)
+    assert found.looks == [7 * (len(PROMPT) - 1 + i) for i in range(len(found.tokens))]
     assert found.avg_logprob == pytest.approx(expected.avg_logprob)
     assert found.no_speech_prob == pytest.approx(expected.no_speech_prob)
     assert max(decoder.passes[1:], default=0) <= block

@@ -155,7 +155,9 @@ def test_audio_lies_where_it_was():
     ):
         segment = transcriber.Segment(SpeechChunk(2, 0, audio, start), 80)
         segment.logmel = after_it
-        assert before.together(segment, 700, 100_000).samples.tolist() == expected
+        both = before.together(segment, 700, 100_000)
+        assert both.logmel.samples.tolist() == expected
+        assert (both.end, both.first, both.said) == (len(expected), start - 100, [5])
 
 
 @settings(max_examples=25, deadline=None)

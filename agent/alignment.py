@@ -1,0 +1,39 @@
+"""Whether the decoder went through the audio once, from start to end: where its alignment heads looked tells.
+
+Whisper sometimes leaves out seconds of speech, or says what it has said again in other words. Neither is a loop, and the
+probabilities of the words are as good as ever; only the looks show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
+
+PLACE_TOKENS = 5  # whose median look is where the decoder is; one that looks astray does not move it
+MAX_SKIPPED = 120  # frames, 2.4 s; of 750 finals of read English those that left nothing out had gaps up to 102
+MAX_BACK = 50  # frames, one second; of the same finals those that repeated nothing went back by 15 at the most
+
+
+def place(looks: Sequence[int]) -> float:
+    """Frame at which the decoder is after tokens that looked there."""
+    return float(median(looks[-PLACE_TOKENS:])) if looks else 0.0
+
+
+def is_once_through(looks: Sequence[int], first: int, end: int) -> bool:
+    """Whether tokens that looked at these frames, in their order, are all that was said from frame `first` to `end`.
+
+    Where nothing at all is heard, nothing is held to be left out: it may be a noise.
+    """
+    return not looks or not (_skips(looks, first, end) or _goes_back(looks, end))
+
+
+def _skips(looks: Sequence[int], first: int, end: int) -> bool:
+    places = [first, *sorted(look for look in looks if first <= look < end), end]
+    return any(b - a > MAX_SKIPPED for a, b in pairwise(places))
+
+
+def _goes_back(looks: Sequence[int], end: int) -> bool:
+    within = [min(look, end) for look in looks]  # what looks at the silence after the speech is at its end
+    places = [place(within[: i + PLACE_TOKENS]) for i in range(len(within) - PLACE_TOKENS + 1)]
+    return any(now < before - MAX_BACK for before, now in zip(places, places[PLACE_TOKENS:], strict=False))
