@@ -97,6 +97,7 @@ def evaluate(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     json: Annotated[Path | None, typer.Option(help="Write everything here.")] = None,
     segment: Annotated[bool, typer.Option("--segment", help="Let the gate cut; join the finals.")] = False,
+    join: Annotated[bool, typer.Option("--join/--no-join", help="With --segment: hear pieces together.")] = True,
     pace: Annotated[bool, typer.Option("--pace", help="In real time with partials; gives latencies.")] = False,
     detect_language: Annotated[bool, typer.Option("--detect-language", help="Ignore the manifest's.")] = False,
 ) -> None:
@@ -105,7 +106,7 @@ def evaluate(
     from .entities import read_terms
     from .evaluate import Options
 
-    options = Options(threads=threads, segment=segment, pace=pace, detect_language=detect_language)
+    options = Options(threads=threads, segment=segment, join=join, pace=pace, detect_language=detect_language)
     clips = speechset.read(manifest, limit, max_s) if manifest else None
     listed = read_terms(terms) if terms else []
     models = [model, against] if against else [model]

@@ -34,6 +34,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     threads: int = 2
     segment: bool = False  # let the gate cut, join the finals
+    join: bool = True  # hear what follows soon with what was said before
     pace: bool = False  # in real time, partials on
     detect_language: bool = False
     vad: VadConfig = VadConfig()
@@ -45,14 +46,21 @@ def evaluate_bundle(
     """Run every clip, one engine process a language."""
     usage, by_id = Usage(), {}
     for language, group in groupby(sorted(clips, key=_language), key=_language):
-        config = RecogniserConfig(
-            language="auto" if options.detect_language else language, partials=options.pace, threads=options.threads
-        )
+        config = _config(language, options)
         with _EngineRun(bundle, config, usage) as run:
             for clip in group:
                 by_id[clip.id] = _scored(clip, run, options)
                 advance()
     return [by_id[clip.id] for clip in clips], usage
+
+
+def _config(language: str, options: Options) -> RecogniserConfig:
+    return RecogniserConfig(
+        language="auto" if options.detect_language else language,
+        partials=options.pace,
+        threads=options.threads,
+        join_pause_ms=RecogniserConfig().join_pause_ms if options.join else 0,
+    )
 
 
 def _language(clip: Clip) -> str:

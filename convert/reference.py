@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from agent.state import Looks
 from whisperlet.audio import WINDOW_FRAMES, Float32
 from whisperlet.bundle import FORMAT_VERSION, Dims, Manifest, Vocabulary
 
@@ -27,6 +29,7 @@ class TorchState:
         self.position = 0  # tokens so far
         self.encoded = torch.zeros(0)  # shape = (1, n_frames, d_model)
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self.looks = Looks(np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
 class TorchEngine:
@@ -34,6 +37,7 @@ class TorchEngine:
 
     def __init__(self, model: Any, manifest: Manifest) -> None:
         self.model, self.manifest = model, manifest
+        model.set_attn_implementation("eager")  # the others do not tell where a token looked
 
     def new_state(self) -> TorchState:
         """Room for one utterance at a time."""
@@ -48,7 +52,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def decode(self, state: TorchState, tokens: Sequence[int]) -> Float32:
-        """Append tokens; logits after each. shape = (n_tokens, n_vocab)"""
+        """Append tokens; logits after each. shape = (n_tokens, n_vocab). Leaves `state.looks`."""
         if state.cache.get_seq_length() > state.position:
             state.cache.self_attention_cache.crop(state.position)
         decoded = self.model.model.decoder(
@@ -57,7 +61,10 @@ class TorchEngine:
             past_key_values=state.cache,
             position_ids=torch.arange(state.position, state.position + len(tokens))[None],
             use_cache=True,
+            output_attentions=True,
         )
+        attention = sum(decoded.cross_attentions[layer][0, head] for layer, head in self.manifest.alignment_heads)
+        state.looks = Looks.of(attention.numpy(), attention.shape[-1])
         state.position += len(tokens)
         logits: Float32 = self.model.proj_out(decoded.last_hidden_state[0]).numpy()
         return logits.copy()

@@ -203,6 +203,20 @@ def test_segment(run, tmp_path, toy_path, toy_bundle, litert, clips):
     assert run(toy_path, folder)["utterances"][0]["hyp"] == texts[2]
 
 
+@pytest.mark.parametrize("flag", ["--join", "--no-join"])
+def test_pieces_are_heard_together_or_not(run, tmp_path, toy_path, toy_bundle, litert, clips, flag):
+    spoken = soundfile.read(clips[2], dtype="int16")[0]
+    pcm = np.concatenate([spoken, np.zeros(16_000, np.int16), spoken[:20_000], np.zeros(16_000, np.int16)])
+    ears = transcriber.build(toy_bundle, litert, RecogniserConfig(join_pause_ms=1500 if flag == "--join" else 0))
+    texts = []
+    for chunk in playing.Playback(pcm, VadConfig(), segment=True):
+        ears.feed(chunk)
+        texts.append(ears.finish().text)
+    assert len(texts) == 2
+    folder = speech_set(tmp_path, ("a", pcm, "x"))
+    assert run(toy_path, folder, "--segment", flag)["utterances"][0]["hyp"] == " ".join(filter(None, texts))
+
+
 def test_pace(run, tmp_path, toy_path, clips):
     """In real time there are latencies: from the decision of the gate, and from the last voiced sample before it."""
     spoken = soundfile.read(clips[2], dtype="int16")[0]

@@ -6,9 +6,11 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import fold
+from agent.state import Looks
+from convert import fold, reference
 from convert.fold import FoldedWhisper, after_norm, normalise
 from convert.graphs import Decode, Encode, by_layer, inverse_timescales
+from convert.model import load_directory
 
 TOLERANCE = 1e-4
 
@@ -143,3 +145,19 @@ def test_the_model_is_not_changed(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     FoldedWhisper(model, toy.ALIGNMENT_HEADS)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_reference_looks_where_the_graphs_do(folder, mel):
+    tokens = [toy.SOT, toy.EN, toy.TRANSCRIBE, toy.NO_TIMESTAMPS, 20, 30, 31, 200, 5]
+    checkpoint = load_directory(folder, "toy")
+    heads = checkpoint.generation.alignment_heads
+    folded = FoldedWhisper(checkpoint.model, heads)
+    cross = Encode(folded, toy.DIMS, 1500, 1500)(mel, torch.zeros(1))
+    expected = Looks.of(decoded(folded, cross, tokens)["attention"][0].numpy(), 1500)
+    engine = reference.TorchEngine(checkpoint.model, reference.manifest(checkpoint, "toy"))
+    state = engine.new_state()
+    engine.encode(state, mel.numpy())
+    for part, first in ((tokens[:5], 0), (tokens[5:], 5)):
+        engine.decode(state, part)
+        assert state.looks.frames.tolist() == expected.frames[first : first + len(part)].tolist()
+    assert len(set(expected.frames.tolist())) > 1
