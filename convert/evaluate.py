@@ -59,8 +59,12 @@ def _config(language: str, options: Options) -> RecogniserConfig:
         language="auto" if options.detect_language else language,
         partials=options.pace,
         threads=options.threads,
-        join_pause_ms=RecogniserConfig().join_pause_ms if options.join else 0,
+        join_pause_ms=_join_pause_ms(options),
     )
+
+
+def _join_pause_ms(options: Options) -> int:
+    return RecogniserConfig().join_pause_ms if options.join else 0
 
 
 def _language(clip: Clip) -> str:
@@ -150,7 +154,7 @@ def evaluate_reference(
 ) -> tuple[list[Scored], Usage]:
     """Every clip through PyTorch float32 with a full window, by the agent's transcriber, in this process.
 
-    Of the options, `segment` counts; the others are a bundle's.
+    Of the options, `segment` and `join` count; the others are a bundle's.
     """
     scored, usage = [], Usage()
     spending = Spending(usage)
@@ -164,7 +168,7 @@ def evaluate_reference(
 
 def _scored_by_reference(checkpoint: Checkpoint, clip: Clip, options: Options) -> Scored:
     pcm = read_file(clip.audio)
-    heard = _heard(_reference(checkpoint, _language(clip)), pcm, options)
+    heard = _heard(_reference(checkpoint, _language(clip), options), pcm, options)
     plain = _unheard(clip, seconds(len(pcm)), _language(clip))
     return msgspec.structs.replace(
         plain,
@@ -181,10 +185,11 @@ def _heard(ears: Transcriber, pcm: Pcm16, options: Options = Options()) -> list[
     return finals
 
 
-def _reference(checkpoint: Checkpoint, language: str) -> Transcriber:
+def _reference(checkpoint: Checkpoint, language: str, options: Options = Options()) -> Transcriber:  # noqa: B008 - frozen
     engine: Any = reference.TorchEngine(checkpoint.model, reference.manifest(checkpoint, checkpoint.source))
     tokenizer = Tokenizer(checkpoint.tokenizer_json, engine.manifest.vocabulary)
-    return Transcriber(engine, tokenizer, RecogniserConfig(language=language, partials=False))
+    config = RecogniserConfig(language=language, partials=False, join_pause_ms=_join_pause_ms(options))
+    return Transcriber(engine, tokenizer, config)
 
 
 def reference_texts(checkpoint: Checkpoint, clips: Sequence[Pcm16], language: str) -> list[str]:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from agent import transcriber
 from agent.config import RecogniserConfig, VadConfig
 from agent.vad import segments
-from convert import playing, scoring, speechset
+from convert import evaluate, model, playing, scoring, speechset
 from convert.__main__ import app
 from convert.playing import one_utterance
 from whisperlet.errors import ConfigError
@@ -200,21 +200,18 @@ def test_segment(run, tmp_path, toy_path, toy_bundle, litert, clips):
     texts = in_process(toy_bundle, litert, *(pcm[s.start : s.speech_end] for s in found), pcm)
     folder = speech_set(tmp_path, ("a", pcm, "x"))
     assert run(toy_path, folder, "--segment")["utterances"][0]["hyp"] == " ".join(filter(None, texts[:2]))
-    assert run(toy_path, folder)["utterances"][0]["hyp"] == texts[2]
+    whole = run(toy_path, folder, "--no-join")
+    assert whole["utterances"][0]["hyp"] == texts[2]
+    assert whole["options"]["join"] is False
 
 
-@pytest.mark.parametrize("flag", ["--join", "--no-join"])
-def test_pieces_are_heard_together_or_not(run, tmp_path, toy_path, toy_bundle, litert, clips, flag):
-    spoken = soundfile.read(clips[2], dtype="int16")[0]
-    pcm = np.concatenate([spoken, np.zeros(16_000, np.int16), spoken[:20_000], np.zeros(16_000, np.int16)])
-    ears = transcriber.build(toy_bundle, litert, RecogniserConfig(join_pause_ms=1500 if flag == "--join" else 0))
-    texts = []
-    for chunk in playing.Playback(pcm, VadConfig(), segment=True):
-        ears.feed(chunk)
-        texts.append(ears.finish().text)
-    assert len(texts) == 2
-    folder = speech_set(tmp_path, ("a", pcm, "x"))
-    assert run(toy_path, folder, "--segment", flag)["utterances"][0]["hyp"] == " ".join(filter(None, texts))
+@pytest.mark.parametrize(("join", "pause_ms"), [(True, RecogniserConfig().join_pause_ms), (False, 0)])
+def test_pieces_are_heard_together_or_not(toy_folder, join, pause_ms):
+    """In the bundle as in the checkpoint."""
+    options = evaluate.Options(join=join)
+    assert evaluate._config("en", options).join_pause_ms == pause_ms
+    checkpoint = model.load_directory(toy_folder / "checkpoint", "toy")
+    assert evaluate._reference(checkpoint, "en", options).config.join_pause_ms == pause_ms
 
 
 def test_pace(run, tmp_path, toy_path, clips):
