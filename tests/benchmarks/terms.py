@@ -20,6 +20,7 @@ from agent.audio_files import read_file
 from agent.config import RecogniserConfig, default_cache_dir
 from agent.engine import load_engine
 from agent.follower import Bound
+from agent.segment import Stretch
 from agent.term_list import Term
 from agent.terms import Terms
 from convert import scoring, speechset
@@ -90,7 +91,7 @@ class Ears:
         pcm = to_float32(read_file(clip.audio))
         logmel = LogMel(self.engine.manifest.dims.n_mels)
         logmel.feed(pcm)
-        n_frames = self.transcriber._windows(len(pcm), "en")[0]
+        n_frames = self.transcriber._windows(Stretch(logmel, len(pcm)))[0]
         self.engine.encode(self.decoder.state, logmel.window(2 * n_frames, len(pcm)))
         manifest, tokenizer = self.engine.manifest, self.transcriber.tokenizer
         texts, draft = [], list[int]()
