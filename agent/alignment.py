@@ -12,7 +12,9 @@ from statistics import median
 
 PLACE_TOKENS = 5  # whose median look is where the decoder is; one that looks astray does not move it
 MAX_SKIPPED = 120  # frames, 2.4 s; of 750 finals of read English those that left nothing out had gaps up to 102
-MAX_BACK = 50  # frames, one second; of the same finals those that repeated nothing went back by 15 at the most
+# Heads that look further back than that have lost their place; of the same finals those that repeated nothing went back
+# by 15 at the most.
+MAX_BACK = 50  # frames, one second
 
 
 def place(looks: Sequence[int]) -> float:
@@ -35,5 +37,5 @@ def _skips(looks: Sequence[int], first: int, end: int) -> bool:
 
 def _goes_back(looks: Sequence[int], end: int) -> bool:
     within = [min(look, end) for look in looks]  # what looks at the silence after the speech is at its end
-    places = [place(within[: i + PLACE_TOKENS]) for i in range(len(within) - PLACE_TOKENS + 1)]
+    places = [median(within[i : i + PLACE_TOKENS]) for i in range(len(within) - PLACE_TOKENS + 1)]
     return any(now < before - MAX_BACK for before, now in zip(places, places[PLACE_TOKENS:], strict=False))

@@ -11,14 +11,13 @@ import numpy as np
 from whisperlet.audio import Float32
 from whisperlet.bundle import Vocabulary
 
-from .alignment import PLACE_TOKENS, place
+from .alignment import MAX_BACK, PLACE_TOKENS, place
 from .guess import Guess, agreed
 from .state import Looks
 from .terms import Terms
 
 MAX_PERIOD = 64  # tokens, a long sentence; a loop that is longer than this ends at the token limit
 MIN_REPEATED = 12  # tokens that a loop must fill ...
-REWIND = 50  # frames, one second; heads that look further back than that have lost their place
 MAX_STALLED = 4  # hops without a stable token; then the place is held to be wrong, not the token
 LOST_SHARE = 0.5  # of the heads' attention; if more goes to the padding after the audio, nothing is left to hear
 MIN_REPEATS = 3  # ... and times that it must come round, before it counts as one
@@ -225,7 +224,7 @@ def follow(
         logprobs = log_softmax_at(rows[: n + 1], picks[: n + 1])
         frames, beyond = (values[len(known) - 1 :].tolist() for values in decoder.looks)
         for token, logprob, frame, share in zip(picks[: n + 1], logprobs, frames, beyond, strict=False):
-            rewinds = frame < place([*draft.looks, *heard.looks]) - REWIND and draft.n_stalled < MAX_STALLED
+            rewinds = frame < place([*draft.looks, *heard.looks]) - MAX_BACK and draft.n_stalled < MAX_STALLED
             lost = rewinds or share > LOST_SHARE
             if token == vocabulary.eot or lost or len(heard.tokens) >= limit:
                 return _parted(heard, draft, n_agreed, frontier)

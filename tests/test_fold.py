@@ -161,3 +161,4 @@ def test_the_reference_looks_where_the_graphs_do(folder, mel):
         engine.decode(state, part)
         assert state.looks.frames.tolist() == expected.frames[first : first + len(part)].tolist()
     assert len(set(expected.frames.tolist())) > 1
+    assert checkpoint.model.config._attn_implementation == "sdpa"  # as it was

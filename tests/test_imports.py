@@ -46,10 +46,7 @@ ALLOWED = {
     "rejection": {"decoding"},
     "follower": {"decoding", "engine", "state", "terms"},
     "segment": {"alignment", "decoding"},
-    "transcriber": {
-        *("decoding", "engine", "follower", "memory", "rejection", "segment"),
-        *("term_list", "terms", "windows"),
-    },
+    "transcriber": {"decoding", "engine", "follower", "memory", "rejection", "segment", "term_list", "terms", "windows"},
     "pace": set(),
     "worker": {"engine", "memory", "pace", "protocol", "quiet", "transcriber"},
     "supervisor": {"engine_process", "pace", "protocol"},
