@@ -59,12 +59,8 @@ def _config(language: str, options: Options) -> RecogniserConfig:
         language="auto" if options.detect_language else language,
         partials=options.pace,
         threads=options.threads,
-        join_pause_ms=_join_pause_ms(options),
+        join_pause_ms=RecogniserConfig().join_pause_ms if options.join else 0,
     )
-
-
-def _join_pause_ms(options: Options) -> int:
-    return RecogniserConfig().join_pause_ms if options.join else 0
 
 
 def _language(clip: Clip) -> str:
@@ -188,8 +184,7 @@ def _heard(ears: Transcriber, pcm: Pcm16, options: Options = Options()) -> list[
 def _reference(checkpoint: Checkpoint, language: str, options: Options = Options()) -> Transcriber:  # noqa: B008 - frozen
     engine: Any = reference.TorchEngine(checkpoint.model, reference.manifest(checkpoint, checkpoint.source))
     tokenizer = Tokenizer(checkpoint.tokenizer_json, engine.manifest.vocabulary)
-    config = RecogniserConfig(language=language, partials=False, join_pause_ms=_join_pause_ms(options))
-    return Transcriber(engine, tokenizer, config)
+    return Transcriber(engine, tokenizer, _config(language, Options(join=options.join)))
 
 
 def reference_texts(checkpoint: Checkpoint, clips: Sequence[Pcm16], language: str) -> list[str]:

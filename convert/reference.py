@@ -7,7 +7,8 @@ on both, and a difference is a difference of the models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,6 @@ class TorchEngine:
 
     def __init__(self, model: Any, manifest: Manifest) -> None:
         self.model, self.manifest = model, manifest
-        model.set_attn_implementation("eager")  # the others do not tell where a token looked
 
     def new_state(self) -> TorchState:
         """Room for one utterance at a time."""
@@ -55,19 +55,31 @@ class TorchEngine:
         """Append tokens; logits after each. shape = (n_tokens, n_vocab). Leaves `state.looks`."""
         if state.cache.get_seq_length() > state.position:
             state.cache.self_attention_cache.crop(state.position)
-        decoded = self.model.model.decoder(
-            torch.tensor([list(tokens)]),
-            encoder_hidden_states=state.encoded,
-            past_key_values=state.cache,
-            position_ids=torch.arange(state.position, state.position + len(tokens))[None],
-            use_cache=True,
-            output_attentions=True,
-        )
+        with _telling(self.model):
+            decoded = self.model.model.decoder(
+                torch.tensor([list(tokens)]),
+                encoder_hidden_states=state.encoded,
+                past_key_values=state.cache,
+                position_ids=torch.arange(state.position, state.position + len(tokens))[None],
+                use_cache=True,
+                output_attentions=True,
+            )
         attention = sum(decoded.cross_attentions[layer][0, head] for layer, head in self.manifest.alignment_heads)
         state.looks = Looks.of(attention.numpy(), attention.shape[-1])
         state.position += len(tokens)
         logits: Float32 = self.model.proj_out(decoded.last_hidden_state[0]).numpy()
         return logits.copy()
+
+
+@contextmanager
+def _telling(model: Any) -> Iterator[None]:
+    """Attention that tells where it looked, which is slower; the encoder and others have theirs back afterwards."""
+    usual = model.config._attn_implementation  # noqa: SLF001 - no other way to ask
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
 
 
 def vocabulary(checkpoint: Checkpoint) -> Vocabulary:
