@@ -109,8 +109,7 @@ class Attention(nn.Module):
         q = self.heads(self.query(x))
         n = self._heads_at_once(x.shape[1] * k.shape[1])
         groups = [self._attend(q[i : i + n], k[i : i + n], v[i : i + n], mask) for i in range(0, self.n_head, n)]
-        found = torch.cat(groups) if len(groups) > 1 else groups[0]
-        return self.out(found.transpose(0, 1).reshape(1, x.shape[1], -1))  # type: ignore[no-any-return]
+        return self.out(side_by_side(groups))  # type: ignore[no-any-return]
 
     def _heads_at_once(self, n_scores: int) -> int:
         """The largest divisor of the number of heads whose scores stay below `MAX_SCORES`, but never one head.
@@ -126,13 +125,23 @@ class Attention(nn.Module):
         weights = torch.softmax(self.heads(self.query(x)) @ k.transpose(1, 2) + mask, -1)
         found = weights @ v.transpose(1, 2)
         watched = sum(weights[head : head + 1] for head in heads[1:]) + weights[heads[0] : heads[0] + 1]
-        return self.out(found.transpose(0, 1).reshape(1, x.shape[1], -1)), watched
+        return self.out(side_by_side([found])), watched
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(n_head, n, d_head) of the values, by scaled queries of that shape."""
         scores = q @ k.transpose(1, 2)
         return torch.softmax(scores if mask is None else scores + mask, -1) @ v.transpose(1, 2)
+
+
+def side_by_side(groups: Sequence[Tensor]) -> Tensor:
+    """What groups of heads found, each (n_heads, n, d_head), as (1, n, d_model).
+
+    Each group is turned before they are joined: joined head after head, the converter would make their products one
+    again, over a copy of all scores.
+    """
+    turned = [found.transpose(0, 1).reshape(1, found.shape[1], -1) for found in groups]
+    return torch.cat(turned, -1) if len(turned) > 1 else turned[0]
 
 
 class Mlp(nn.Module):

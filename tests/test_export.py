@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 
+import litert_torch
 import msgspec
 import numpy as np
 import psutil
@@ -15,7 +16,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from brokers import wait_for
 
-from convert import compact, parity
+from convert import compact, fold, parity
 from convert.fold import FoldedWhisper
 from convert.graphs import signatures
 from convert.recipe import stages
@@ -40,6 +41,21 @@ def modules():
 @pytest.fixture(scope="module")
 def flat(toy_path):
     return schema.ModelT.InitFromPackedBuf(toy_path.read_bytes(), 0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own, of the converter
+def test_scores_in_parts_stay_apart(modules, tmp_path, monkeypatch):
+    """The converter joins products that go into one tensor, which would hold the scores of all heads."""
+    n_frames, most = toy.ENCODE_FRAMES[0], 2 * toy.ENCODE_FRAMES[0] ** 2
+    monkeypatch.setattr(fold, "MAX_SCORES", most)
+    spec, module = modules[f"encode_{n_frames}"]
+    assert most < toy.DIMS.n_head * n_frames**2
+    path = tmp_path / "encode.tflite"
+    litert_torch.signature(spec.name, module.eval(), sample_kwargs=module.examples()).convert().export(str(path))
+    tensors = Interpreter(str(path)).get_tensor_details()
+    of_scores = [tensor["shape"] for tensor in tensors if list(tensor["shape"][-2:]) == [n_frames, n_frames]]
+    assert len(of_scores) >= toy.DIMS.n_head // 2
+    assert max(np.prod(shape) for shape in of_scores) == most
 
 
 def random_inputs(spec, seed=0):
