@@ -13,6 +13,7 @@ from whisperlet.bundle import Vocabulary
 
 from .alignment import MAX_BACK, PLACE_TOKENS, place
 from .guess import Guess, agreed
+from .preference import Preference
 from .state import Looks
 from .terms import Terms
 
@@ -53,23 +54,6 @@ def suppress(logits: Float32, vocabulary: Vocabulary, *, first: bool) -> Float32
     if first:
         logits[0, vocabulary.suppress_begin] = -np.inf
     return logits
-
-
-def preferred(
-    rows: Float32, said: Sequence[int], proposal: Sequence[int], vocabulary: Vocabulary, terms: Terms | None
-) -> list[int]:
-    """What to say after `said` and each more of the proposal, right up to the first that differs from it.
-
-    shape of `rows` = (1 + len(proposal), n_vocab). The end of the text is never put off for a term.
-    """
-    picks = [int(token) for token in rows.argmax(-1)]
-    for i, plain in enumerate(picks if terms else []):
-        assert terms
-        if plain != vocabulary.eot:
-            picks[i] = terms.pick(rows[i], plain, [*said, *proposal[:i]])
-        if picks[i : i + 1] != list(proposal[i : i + 1]):
-            break
-    return picks
 
 
 def log_softmax_at(logits: Float32, tokens: Sequence[int]) -> list[float]:
@@ -120,22 +104,25 @@ def greedy(
 
     Each pass takes the tokens that are known but not yet in the state, then up to `block` in all of the draft. What
     the model would have said itself is kept, up to the first difference; see `Guess` for how it goes on there.
-    Terms are preferred; probabilities are what they are without them. With `said`, a text that the audio begins with,
-    the transcript is what follows it, which may be nothing: how likely that is then stands for the doubt of speech.
+    Terms are preferred, see `Preference`; probabilities are what they are without them. With `said`, a text that the
+    audio begins with, the transcript is what follows it, which may be nothing: how likely that is then stands for the
+    doubt of speech.
     """
     tokens: list[int] = []
     logprobs: list[float] = []
     looks: list[int] = []
-    no_speech_prob = 0.0
-    known, guess = [*prompt, *said], Guess(draft, block)
+    no_speech_prob: float | None = None
+    before = [*prompt, *said]
+    first = decoder.position + len(before)  # position of the first token
+    known, guess, preference = before, Guess(draft, block), Preference(terms, vocabulary.eot)
     while True:
         proposal = guess.ahead(len(known))
-        logits = decoder.decode(known + proposal)
-        if not tokens:
+        logits = decoder.decode([*known, *proposal])
+        if no_speech_prob is None:
             row, token = (len(known) - 1, vocabulary.eot) if said else (0, vocabulary.no_speech)
             no_speech_prob = probability_at(logits[row], token)
         rows = suppress(logits[len(known) - 1 :], vocabulary, first=not tokens and not said)
-        picks = preferred(rows, tokens, proposal, vocabulary, terms)
+        picks = preference.picks(rows, tokens, proposal)
         n = agreed(picks, proposal)
         decoder.position -= len(proposal) - n
         new = picks[: n + 1]
@@ -145,6 +132,11 @@ def greedy(
         known = [new[-1]]
         for token in new:
             tokens.append(token)
+            back = preference.goes_back(tokens)
+            if back is not None:
+                tokens, logprobs, looks = tokens[:back], logprobs[:back], looks[:back]
+                known, decoder.position = [*before, *tokens][-1:], first + back - 1
+                break
             kept, looped = _kept(tokens, vocabulary.eot, limit)
             if kept is not None:
                 counted = logprobs[: min(kept + 1, len(tokens))]  # a pass may have gone on past the limit
@@ -171,6 +163,7 @@ class Draft(msgspec.Struct, frozen=True):
     looped: bool = False  # a repetition was cut
     logprobs: list[float] = []  # of all tokens, each as it was heard last
     no_speech_prob: float = 0.0
+    its_own: list[int] = []  # places, in tokens, at which no term is preferred: it came to nothing
 
     @property
     def tokens(self) -> list[int]:
@@ -207,6 +200,7 @@ def follow(
     known = [*prompt, *draft.stable]
     decoder.position = min(decoder.position, len(known) - 1)
     known, guess = known[decoder.position :], Guess(draft.unstable, block)
+    preference = Preference(terms, vocabulary.eot, draft.its_own)
     heard = Found(list(draft.stable), [], draft.logprobs[: len(draft.stable)], draft.no_speech_prob)
     if len(known) + len(draft.unstable) > block and len(known) > 1:  # others used the decoder: it has to read all again
         heard.opens(decoder.position, decoder.decode(known[:-1]), vocabulary)
@@ -217,10 +211,11 @@ def follow(
         began, logits = decoder.position, decoder.decode([*known, *proposal])
         heard.opens(began, logits, vocabulary)
         rows = suppress(logits[len(known) - 1 :], vocabulary, first=not heard.tokens)
-        picks = preferred(rows, heard.tokens, proposal, vocabulary, terms)
+        picks = preference.picks(rows, heard.tokens, proposal)
         n = agreed(picks, proposal)
         n_agreed = n if n_agreed is None else n_agreed
         decoder.position -= len(proposal) - n
+        guess.hear(n, len(proposal), picks[n])
         logprobs = log_softmax_at(rows[: n + 1], picks[: n + 1])
         frames, beyond = (values[len(known) - 1 :].tolist() for values in decoder.looks)
         for token, logprob, frame, share in zip(picks[: n + 1], logprobs, frames, beyond, strict=False):
@@ -229,9 +224,16 @@ def follow(
             if token == vocabulary.eot or lost or len(heard.tokens) >= limit:
                 return _parted(heard, draft, n_agreed, frontier)
             heard.add(token, frame, logprob)
+            back = preference.goes_back(heard.tokens)
+            if back is not None:
+                n_agreed = min(n_agreed, back - len(draft.stable))
+                heard.go_back(back, frontier)
+                known, decoder.position = [*prompt, *heard.tokens][-1:], len(prompt) + back - 1
+                break
+        if back is not None:
+            continue
         if loop_start(heard.tokens) is not None or heard.looks[-1] >= edge:
             return _parted(heard, draft, n_agreed, frontier)
-        guess.hear(n, len(proposal), picks[n])
         known = [picks[n]]
 
 
@@ -242,12 +244,20 @@ class Found(msgspec.Struct):
     looks: list[int]  # without theirs
     logprobs: list[float]  # of all tokens
     no_speech_prob: float
+    its_own: list[int] = []  # places, in tokens, of terms that came to nothing though their audio is complete
 
     def add(self, token: int, look: int, logprob: float) -> None:
         """One token more."""
         self.tokens.append(token)
         self.looks.append(look)
         self.logprobs.append(logprob)
+
+    def go_back(self, place: int, frontier: int) -> None:
+        """Forget what was said from that token on."""
+        n_new = len(self.tokens) - place
+        if self.looks[-n_new] < frontier:
+            self.its_own.append(place)
+        del self.tokens[place:], self.logprobs[place:], self.looks[-n_new:]
 
     def opens(self, position: int, logits: Float32, vocabulary: Vocabulary) -> None:
         """Note the doubt that anyone spoke, which stands after the very first token; `position` is that of row 0."""
@@ -272,4 +282,5 @@ def _parted(heard: Found, draft: Draft, n_agreed: int, frontier: int) -> Draft:
         looped=start is not None,
         logprobs=heard.logprobs[: len(kept)],
         no_speech_prob=heard.no_speech_prob,
+        its_own=[*draft.its_own, *heard.its_own],
     )

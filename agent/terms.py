@@ -1,7 +1,7 @@
 """A dictionary of terms over token ids, which makes the decoder prefer them.
 
-The first token of a term gets a part of its boost only, since greedy decoding never goes back: a term that was begun
-for its boost alone would leave half a word. Tokens that go on with it, or that are all of it, get the whole.
+The first token of a term gets a part of its boost only: a list has many first tokens, and each that is begun in vain
+costs a pass (see `preference.py`). Tokens that go on with it, or that are all of it, get the whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from whisperlet.audio import Float32
 from .term_list import Term
 
 BOOST = 2.5  # of a logit, where a term names none
-FIRST_SHARE = 0.6  # of the boost, for a token that only begins a term
+FIRST_SHARE = 0.8  # of the boost, for a token that only begins a term
 
 
 class Node(msgspec.Struct):
@@ -25,6 +25,7 @@ class Node(msgspec.Struct):
 
     boosts: dict[int, float] = {}  # of each token that may
     children: dict[int, Node] = {}
+    ends: bool = False  # a term is complete here
 
 
 class Terms:
@@ -49,27 +50,35 @@ class Terms:
             worth = boost * FIRST_SHARE if begins_only else boost
             node.boosts[token] = max(worth, node.boosts.get(token, 0.0))
             node = node.children.setdefault(token, Node())
+        node.ends = True
 
     def bias(self, tokens: Sequence[int]) -> dict[int, float]:
         """What is to be added to the logits after these tokens: boost by token, the highest where terms share one."""
         found: dict[int, float] = {}
-        for node in self._begun(tokens):
+        for _, node in self._begun(tokens):
             for token, boost in node.boosts.items():
                 if boost > found.get(token, 0.0):
                     found[token] = boost
         return found
 
-    def _begun(self, tokens: Sequence[int]) -> Iterator[Node]:
-        """Where in the trie each term is that the tokens may have begun, those with nothing yet among them."""
+    def covers(self, tokens: Sequence[int], place: int) -> bool | None:
+        """Whether a term that holds the token at `place` is complete with the last one; None: it is begun, but no more."""
+        nodes = [node for start, node in self._begun(tokens) if start <= place]
+        if any(node.ends for node in nodes):
+            return True
+        return None if any(node.children for node in nodes) else False
+
+    def _begun(self, tokens: Sequence[int]) -> Iterator[tuple[int, Node]]:
+        """Each term that the tokens may have begun, those with nothing yet among them: its start, its place in the trie."""
         starts = [(self._anywhere, start) for start in range(max(0, len(tokens) - self._depth), len(tokens) + 1)]
-        if len(tokens) < self._depth:
+        if len(tokens) <= self._depth:
             starts.append((self._at_start, 0))
         for root, start in starts:
             node: Node | None = root
             for token in tokens[start:]:
                 node = node.children.get(token) if node else None
             if node:
-                yield node
+                yield start, node
 
     def pick(self, logits: Float32, plain: int, tokens: Sequence[int]) -> int:
         """The token to say after `tokens`, `plain` being the one of the highest logit. logits shape = (n_vocab,)"""

@@ -18,6 +18,7 @@ from agent.audio_files import read_file
 from agent.commands import Settings, changed
 from agent.config import Config, RecogniserConfig
 from agent.follower import NOTHING
+from agent.preference import Preference
 from agent.protocol import Batch, Start, pair, receive_request, send
 from agent.term_list import MAX_BOOST, MAX_CHARS, MAX_TERMS, Term
 from agent.terms import BOOST, FIRST_SHARE, Terms, forms
@@ -104,21 +105,45 @@ def hear(decoder, draft=(), limit=40, block=16, terms=None):
     return decoding.greedy(decoder, toy.VOCABULARY, PROMPT, list(draft), limit=limit, block=block, terms=terms)
 
 
+def naive_covers(listed, tokens, place):
+    """True if a term that holds the token at `place` is complete, None if it is begun, else False."""
+    ways = [way for text, _ in listed for form in forms(text) for way in (encode(" " + form), encode(form))]
+    begun = [
+        (tokens[start:] == way, start)
+        for way in ways
+        for start in range(place + 1)
+        if tokens[start:] == way[: len(tokens) - start] and (start == 0 or way[0] < ord("a"))
+    ]
+    return any(complete for complete, _ in begun) or (None if begun else False)
+
+
 def one_by_one(decoder, terms, limit):
-    """Tokens by the definition: the highest logit with what the naive model adds, except at the end of the text."""
-    said = []
-    logits = decoder.decode(PROMPT)[-1:]
+    """Tokens by the definition: the highest logit with what the naive model adds, except at the end of the text.
+
+    From a term that comes to nothing it goes back to where the first of its tokens was not the model's own.
+    """
+    said, its_own, since = [], set(), None
     while len(said) < limit:
-        row = decoding.suppress(logits.copy(), toy.VOCABULARY, first=not said)[0]
-        if row.argmax() != toy.EOT:
+        decoder.position = 0
+        row = decoding.suppress(decoder.decode(PROMPT + said)[-1:].copy(), toy.VOCABULARY, first=not said)[0]
+        plain = row.argmax()
+        if plain != toy.EOT and len(said) not in its_own:
             for token, boost in naive_bias(terms, said).items():
                 row[token] += np.float32(boost)
         said.append(int(row.argmax()))
+        if since is None and said[-1] != plain:
+            since = len(said) - 1
+        if since is not None and (covers := naive_covers(terms, said, since)) is not None:
+            if not covers:
+                its_own.add(since)
+                said = said[:since]
+            since = None
+            if not covers:
+                continue
         if said[-1] == toy.EOT:
             return said[:-1]
         if (start := decoding.loop_start(said)) is not None:
             return said[:start]
-        logits = decoder.decode(said[-1:])
     return said
 
 
@@ -146,7 +171,29 @@ def test_the_end_is_not_put_off():
     terms = Terms([Term("ab", MAX_BOOST)], encode)
     logits = np.full((1, toy.DIMS.n_vocab), -9.0, np.float32)
     logits[0, toy.EOT] = 0.0
-    assert decoding.preferred(logits, [5], [], toy.VOCABULARY, terms) == [toy.EOT]
+    assert Preference(terms, toy.EOT).picks(logits, [5], []) == [toy.EOT]
+
+
+def test_a_term_that_comes_to_nothing_is_taken_back():
+    begun, own, other, end = encode(" aab")[0], 90, 91, ord("b")
+    preference = Preference(Terms([Term("aab", 6.0)], encode), toy.EOT)
+
+    def picked(said, best, second):
+        logits = np.zeros((1, toy.DIMS.n_vocab), np.float32)
+        logits[0, [best, second]] = 9.0, 8.0
+        return preference.picks(logits, said, [])
+
+    assert picked([], own, begun) == [begun]  # for its boost
+    assert preference.goes_back([begun]) is None
+    assert picked([begun], ord("a"), 98) == [ord("a")]
+    assert preference.goes_back([begun, ord("a")]) is None
+    assert picked([begun, ord("a")], other, 92) == [other]  # the end of the term is out of the question
+    assert preference.goes_back([begun, ord("a"), other]) == 0
+    assert picked([], own, begun) == [own]  # the model has its way
+    assert preference.goes_back([own]) is None
+    assert picked([own], other, begun) == [begun]  # elsewhere it may begin, and is complete in the end
+    for said in ([begun], [begun, ord("a")], [begun, ord("a"), end], [begun, ord("a"), end, other]):
+        assert preference.goes_back([own, *said]) is None
 
 
 def test_no_terms_are_never_asked(monkeypatch):
