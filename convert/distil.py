@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     chunks: tuple[int, ...] = (15, 15, 15, 20, 25, 45)  # C is drawn from these ...
     overlaps: tuple[int, ...] = (10, 20, 40, 40, 75)  # ... and R from these
     padding: int = 32  # frames of silence after a step's own
-    context: int = 510  # committed frames that a step looks back on
+    context: int = 255  # committed frames that a step looks back on
     silence: tuple[int, int] = (48, 128)  # after an utterance, for the student: drawn between the two
     teacher_silence: int = 256
     tail_weight: float = 0.25  # of the frames that are not committed yet

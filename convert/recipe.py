@@ -48,11 +48,12 @@ class Export(Stage, frozen=True, tag="export"):
     decode_tokens: tuple[int, ...] = (1, 4, 16)
     # The streaming encoder: frames that a step commits, frames of overlap after them that the next step computes
     # again (one signature each, the first is used by default), frames of silence after those, without which the
-    # decoder does not find an end and repeats itself, and committed frames that a step looks back on.
+    # decoder does not find an end and repeats itself, and committed frames that a step looks back on: over 5 s it hears
+    # what it hears over 10, and takes a fifth less time.
     stream_chunk: int = 15
     stream_overlaps: tuple[int, ...] = (40,)
     stream_padding: int = 32
-    stream_context: int = 510
+    stream_context: int = 255
 
     @property
     def n_signatures(self) -> int:
