@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from whisperlet.audio import FRAMES_PER_SECOND, WINDOW_FRAMES, Float32
 from whisperlet.bundle import Manifest, StreamSpec
+from whisperlet.errors import ConfigError
 from whisperlet.logmel import LogMel
 
 from . import decoding
@@ -19,6 +20,20 @@ CONTEXT_BEFORE, CONTEXT_AFTER = 2, 1  # mel frames around an encoder frame's own
 MARGIN = 10  # frames before the end of the audio; a token that looks there may stand for a word that is cut off
 EDGE = 8  # frames before the end of the audio; a token that looks there is the last one of a partial
 NOTHING = Draft([], [])
+
+
+def stream_spec(manifest: Manifest, overlap: int | None) -> StreamSpec | None:
+    """The way of streaming with that overlap in frames, by default the first; None if the bundle does not stream.
+
+    Raises ConfigError if it streams with other overlaps.
+    """
+    specs = {spec.overlap: spec for spec in manifest.streams}
+    if not specs or overlap is None:
+        return next(iter(specs.values()), None)
+    if overlap not in specs:
+        has = ", ".join(map(str, specs))
+        raise ConfigError(f"recogniser.overlap_frames: the bundle does not have {overlap}; it has {has}")
+    return specs[overlap]
 
 
 class Bound:

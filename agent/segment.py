@@ -23,7 +23,6 @@ class Heard(msgspec.Struct, frozen=True):
     encode_ms: float
     decode_ms: float
     stable: int | None = None  # tokens that will not change; None: all
-    in_advance: bool = False
     astray: bool = False  # it repeats itself, or leaves out what was said
 
 
@@ -55,8 +54,14 @@ class Segment:
         self.voiced_end: int | None = None  # samples from `start` to the end of what is voiced; None: not told
         self.voiced_heard = 0  # samples that were fed when the last partial was made
         self.draft: list[int] = []  # tokens to verify
+        self.shown = self.stable = ""  # the text of the last partial, and what of it will not change
         self.in_advance: tuple[int, Heard] | None = None  # the final, should the speech end with that sample
         self.last: SpeechChunk | None = None  # the chunk that ended it
+
+    @property
+    def n_silent(self) -> int:
+        """Samples since what is voiced; 0 where that is not told."""
+        return 0 if self.voiced_end is None else self.logmel.n_samples - self.voiced_end
 
 
 class Before(msgspec.Struct, frozen=True):

@@ -13,8 +13,7 @@ import msgspec
 import numpy as np
 
 from whisperlet.audio import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, samples, to_float32
-from whisperlet.bundle import Bundle, StreamSpec
-from whisperlet.errors import ConfigError
+from whisperlet.bundle import Bundle
 from whisperlet.logmel import MAX_SAMPLES
 from whisperlet.tokenizer import Tokenizer
 
@@ -22,7 +21,7 @@ from . import decoding, rejection, term_list, windows
 from .config import RecogniserConfig, checked_language
 from .decoding import Hypothesis
 from .engine import Engine
-from .follower import Bound, Follower
+from .follower import Bound, Follower, stream_spec
 from .memory import give_back_memory
 from .messages import SpeechChunk, Transcript
 from .segment import NOTHING_HEARD, Before, Heard, Segment, Stretch
@@ -45,7 +44,8 @@ class Transcriber:
         self.retune(config)
         self._adopt()
         self._decoder = Bound(engine)
-        self._follower = Follower(self._decoder, self.manifest, self._stream_spec()) if self.manifest.streams else None
+        spec = stream_spec(self.manifest, self.config.overlap_frames)
+        self._follower = Follower(self._decoder, self.manifest, spec) if spec else None
         self._segment: Segment | None = None
         self._before: Before | None = None  # the segment that was heard last, if anything was said
 
@@ -68,17 +68,6 @@ class Transcriber:
         give_back_memory()
         return made
 
-    def _stream_spec(self) -> StreamSpec:
-        """The configured way of streaming. Raises ConfigError if the bundle does not have it."""
-        specs = {spec.overlap: spec for spec in self.manifest.streams}
-        overlap = self.config.overlap_frames
-        if overlap is None:
-            return self.manifest.streams[0]
-        if overlap not in specs:
-            has = ", ".join(map(str, specs))
-            raise ConfigError(f"recogniser.overlap_frames: the bundle does not have {overlap}; it has {has}")
-        return specs[overlap]
-
     def feed(self, chunk: SpeechChunk) -> None:
         """Take in audio. The first chunk of another segment starts that one."""
         if self._segment is None or (self._segment.utterance, self._segment.segment) != chunk.key:
@@ -97,25 +86,38 @@ class Transcriber:
     def step(self, hop_ms: float | None = None) -> Transcript | None:
         """A partial, or None while less than a hop of speech has come since the last one; by default the configured.
 
-        In a pause that may be the end, the final is heard in advance instead.
+        In a pause that may be the end, the final is heard in advance, and shown if it says something else.
         """
         segment = self._segment
         if segment is None or segment.last is not None:
             return None
-        if self._pauses(segment):
-            self._hear_in_advance(segment)
-            return None
+        if self.in_pause:
+            return self._in_advance(segment)
         return self._partial(segment, hop_ms or self.config.hop_ms) if self.config.partials else None
 
-    def _pauses(self, segment: Segment) -> bool:
-        silent = 0 if segment.voiced_end is None else segment.logmel.n_samples - segment.voiced_end
-        return silent > 0 and silent >= samples(self.config.settle_ms)
+    @property
+    def in_pause(self) -> bool:
+        """Whether the speaker has been silent for so long that this may be the end."""
+        segment = self._segment
+        return segment is not None and segment.n_silent >= max(1, samples(self.config.settle_ms))
 
-    def _hear_in_advance(self, segment: Segment) -> None:
+    def _in_advance(self, segment: Segment) -> Transcript | None:
         """The final as it will be if nothing follows; thrown away if something does."""
         end = segment.voiced_end
-        if end and self.config.final_pass and (segment.in_advance is None or segment.in_advance[0] != end):
-            segment.in_advance = end, msgspec.structs.replace(self._exact(segment, end), in_advance=True)
+        if not end or not self.config.final_pass or (segment.in_advance and segment.in_advance[0] == end):
+            return None
+        heard = self._exact(segment, end)
+        segment.in_advance = end, heard
+        return self._shown_early(segment, heard, end) if self.config.partials else None
+
+    def _shown_early(self, segment: Segment, heard: Heard, end: int) -> Transcript | None:
+        """As a partial, if that is news and leaves alone what is stable: the speaker may go on."""
+        text = self.tokenizer.text(heard.hypothesis.tokens)
+        is_news = text != segment.shown and text.startswith(segment.stable)
+        if not is_news or rejection.reason(heard.hypothesis, self.config):
+            return None
+        segment.shown = text
+        return msgspec.structs.replace(self._transcript(segment, heard, end), stable_chars=len(segment.stable))
 
     def _partial(self, segment: Segment, hop_ms: float) -> Transcript | None:
         follower = self._follower
@@ -138,7 +140,9 @@ class Transcriber:
         segment.draft = draft.tokens
         decoded = time.perf_counter()
         heard = Heard(draft.hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded), len(draft.stable))
-        return self._transcript(segment, heard, end)
+        partial = self._transcript(segment, heard, end)
+        segment.shown, segment.stable = partial.text, partial.text[: partial.stable_chars]
+        return partial
 
     def finish(self) -> Transcript:
         """The final of the segment whose last chunk has been fed, which equals an offline decode of its speech.
@@ -162,8 +166,7 @@ class Transcriber:
     def _final(self, segment: Segment, end: int) -> Heard:
         if segment.in_advance and segment.in_advance[0] == end:
             return segment.in_advance[1]
-        is_exact = self.config.final_pass or self._follower is None
-        return self._exact(segment, end) if is_exact else self._streamed(segment)
+        return self._exact(segment, end) if self.config.final_pass or not self._follower else self._streamed(segment)
 
     def reset(self) -> None:
         """Forget the segment in hand, and the one before."""

@@ -112,10 +112,12 @@ class Listener:
         hop_ms = self._pace.hop_ms
         if hop_ms is None:
             self._pace.observe(0.0, new_s)  # nor is a final heard in advance, which would often be in vain ...
-            return self._transcriber.step(NEVER_MS) if thrift is Thrift.NO_PARTIALS else None  # ... but for this
+            if thrift is Thrift.NO_PARTIALS:
+                self._transcriber.step(NEVER_MS)  # ... but for this
+            return None
         began_s = self._clock()
         partial = self._transcriber.step(hop_ms)
-        if partial:
+        if partial and not self._transcriber.in_pause:
             self._pace.observe(self._clock() - began_s, seconds(self._n_fresh))
             self._n_fresh = 0
         return partial

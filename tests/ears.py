@@ -20,6 +20,8 @@ from whisperlet.errors import BundleError
 folder = Path(os.environ["STUB"])
 
 class Ears:
+    in_pause = False
+
     def __init__(self):
         self.key = None
 

@@ -71,7 +71,7 @@ def test_finals_equal_those_of_the_clip_in_one_piece(build, clips, name):
         partials, final = listen(ears, pcm, range(block, len(pcm), block), n_after=HANG_OVER, pauses=pauses)
         assert said(final) == said(expected)
         assert final.avg_logprob == pytest.approx(expected.avg_logprob, abs=0.02)
-        assert_orderly(partials, final, hop=8000)
+        assert_orderly(partials, final, hop=8000, n_pauses=2 if pauses else 0)
         assert len(partials) >= 2
         assert any(partial.stable_chars for partial in partials)
 
@@ -177,5 +177,5 @@ def test_partials_keep_coming_across_a_seam(transcripts):
 def test_what_is_stable_stays_in_a_long_segment(transcripts):
     for _, group in itertools.groupby((transcript for _, transcript in transcripts), key=lambda t: t.key):
         *partials, final = group
-        assert_orderly(partials, final, hop=int(HOP_S * SAMPLE_RATE))
+        assert_orderly(partials, final, hop=int(HOP_S * SAMPLE_RATE), n_pauses=len(partials) // 4)
         assert len(partials) > 20 or not final.continues

@@ -1,5 +1,6 @@
 """What streaming adds to the transcriber: finals heard in a pause, finals of the stream itself, ways of streaming."""
 
+import msgspec
 import numpy as np
 import pytest
 from scripted import ScriptedEngine
@@ -50,6 +51,42 @@ def test_the_final_is_heard_in_the_pause():
     final = talk.end_here()
     assert (final.text, final.is_final, final.end, final.revision) == ("over", True, len(SPEECH), 2)
     assert (engine.passes, engine.windows) == ([], [256])  # nothing was left to do
+
+
+def test_what_is_heard_in_the_pause_is_shown():
+    engine = ScriptedEngine("over", decode_tokens=[1, 4, 16])
+    talk = Talk(engine)
+    talk.hear(SPEECH, is_voiced=True)
+    engine.answer = "overt"
+    before = talk.hear(SPEECH, is_voiced=True)
+    assert (before.text, before.stable_chars) == ("overt", 4)
+    engine.answer = "overture"
+    shown = talk.hear(PAUSE, is_voiced=False)
+    assert (shown.text, shown.stable_chars, shown.is_final, shown.revision) == ("overture", 4, False, 3)
+    assert shown.end == 2 * len(SPEECH)
+    assert talk.hear(PAUSE[:1], is_voiced=False) is None  # once
+    assert talk.end_here().text == "overture"
+
+
+@pytest.mark.parametrize(
+    ("answer", "changes"),
+    [
+        ("every", {}),  # is not what was stable
+        ("overt", {}),  # is no news
+        ("overture", {"partials": False}),
+        ("overture", {"no_speech_threshold": -1.0, "logprob_threshold": 1.0}),  # would be withheld
+    ],
+)
+def test_not_all_that_is_heard_in_the_pause_is_shown(answer, changes):
+    engine = ScriptedEngine("over", decode_tokens=[1, 4, 16])
+    talk = Talk(engine)
+    talk.hear(SPEECH, is_voiced=True)
+    engine.answer = "overt"
+    talk.hear(SPEECH, is_voiced=True)
+    engine.answer = answer
+    talk.ears.config = msgspec.structs.replace(talk.ears.config, **changes)
+    assert talk.hear(PAUSE, is_voiced=False) is None
+    assert len(engine.windows) == 1
 
 
 def test_it_is_thrown_away_if_speech_goes_on():

@@ -33,6 +33,7 @@ class Simulation:
         self.thrift = Thrift.NORMAL
         self.n_in_advance = 0  # finals that could have been heard in advance
         self.n_steps = 0  # that were asked for
+        self.in_pause = False
 
     # what the transcriber does
 
@@ -250,6 +251,15 @@ def test_a_transcriber_without_news_is_not_late():
     machine.step = lambda hop_ms=None: None
     machine.say(5.0)
     assert (machine.hops[-1], machine.n_skipped) == (300, 0)
+
+
+@pytest.mark.parametrize("in_pause", [False, True])
+def test_what_is_heard_in_a_pause_says_nothing_of_the_pace(in_pause):
+    machine = Simulation(step_s=0.5)
+    machine.in_pause = in_pause
+    machine.is_live = False
+    machine.say(5.0)
+    assert (machine.hops[-1] == 300) is in_pause
 
 
 @pytest.mark.parametrize(

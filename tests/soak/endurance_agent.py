@@ -37,6 +37,7 @@ from agent import worker
 from agent.messages import Transcript
 
 class Ears:
+    in_pause = False
     key = None
 
     def feed(self, chunk):
