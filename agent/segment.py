@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 import msgspec
@@ -59,33 +58,10 @@ class Segment:
         self.in_advance: tuple[int, Heard] | None = None  # the final, should the speech end with that sample
         self.last: SpeechChunk | None = None  # the chunk that ended it
 
-    def early(self, text: str) -> str | None:
-        """What to show of a final that was heard in advance; None if it is no news, or says other words than the stable.
-
-        What is stable stays as it stands, and the rest follows it: the two may be punctuated differently.
-        """
-        rest = after(self.stable, text)
-        shown = None if rest is None else self.stable + rest
-        return None if shown == self.shown else shown
-
     @property
     def n_silent(self) -> int:
         """Samples since what is voiced; 0 where that is not told."""
         return 0 if self.voiced_end is None else self.logmel.n_samples - self.voiced_end
-
-
-def after(begun: str, text: str) -> str | None:
-    """What `text` says after `begun`, whatever the case and the punctuation of both; None if it begins with other words."""
-    wanted = deque(letter for letter in begun.casefold() if letter.isalnum())
-    place = 0
-    for letter in text if wanted else "":
-        place += 1
-        if letter.isalnum() and wanted.popleft() != letter.casefold():
-            return None
-        if not wanted:
-            break
-    is_there = not wanted and (place > 0 or not begun)
-    return text[place:] if is_there else None
 
 
 class Before(msgspec.Struct, frozen=True):

@@ -111,12 +111,13 @@ class Transcriber:
         return self._shown_early(segment, heard, end) if self.config.partials else None
 
     def _shown_early(self, segment: Segment, heard: Heard, end: int) -> Transcript | None:
-        """As a partial: the speaker may go on."""
-        text = segment.early(self.tokenizer.text(heard.hypothesis.tokens))
-        if text is None or rejection.reason(heard.hypothesis, self.config):
+        """As a partial, if that is news and leaves alone what is stable: the speaker may go on."""
+        text = self.tokenizer.text(heard.hypothesis.tokens)
+        is_news = text != segment.shown and text.startswith(segment.stable)
+        if not is_news or rejection.reason(heard.hypothesis, self.config):
             return None
-        segment.shown, transcript = text, self._transcript(segment, heard, end)
-        return msgspec.structs.replace(transcript, text=text, stable_chars=len(segment.stable))
+        segment.shown = text
+        return msgspec.structs.replace(self._transcript(segment, heard, end), stable_chars=len(segment.stable))
 
     def _partial(self, segment: Segment, hop_ms: float) -> Transcript | None:
         follower = self._follower

@@ -7,7 +7,6 @@ from scripted import ScriptedEngine
 
 from agent.config import RecogniserConfig
 from agent.messages import SpeechChunk
-from agent.segment import after
 from agent.transcriber import Transcriber
 from whisperlet.audio import SAMPLE_RATE, samples
 from whisperlet.errors import ConfigError
@@ -67,27 +66,6 @@ def test_what_is_heard_in_the_pause_is_shown():
     assert shown.end == 2 * len(SPEECH)
     assert talk.hear(PAUSE[:1], is_voiced=False) is None  # once
     assert talk.end_here().text == "overture"
-
-
-@pytest.mark.parametrize(
-    ("begun", "text", "rest"),
-    [
-        ("", "One", "One"),
-        ("one two", "One, two: three.", ": three."),
-        ("One, two,", "one two three", " three"),
-        ("on", "One", "e"),
-        ("one", "one", ""),
-        ("one", "on", None),
-        ("one", "two", None),
-        ("one", "", None),
-        ("...", "one", None),
-        ("Straße", "STRASSE frei", " frei"),
-        ("strasse", "Straße frei", None),  # one letter for two: better not
-        ("北京", "北京。再见", "。再见"),
-    ],
-)
-def test_what_a_text_says_after_another(begun, text, rest):
-    assert after(begun, text) == rest
 
 
 @pytest.mark.parametrize(
