@@ -33,7 +33,8 @@ class Preference:
             if plain != self._eot and place not in self.its_own:
                 assert self._terms
                 found[i] = self._terms.pick(rows[i], plain, [*said, *proposal[:i]])
-                (self._changed.discard if found[i] == plain else self._changed.add)(place)
+                if found[i] != plain:
+                    self._changed.add(place)
             if found[i : i + 1] != list(proposal[i : i + 1]):
                 break
         return found
