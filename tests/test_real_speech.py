@@ -68,10 +68,12 @@ def test_finals_equal_those_of_the_clip_in_one_piece(build, clips, name):
     expected = offline(ears, pcm[:-HANG_OVER])
     assert len(expected.text.split()) > 5
     for block, pauses in ((4800, None), (320 * 37, None), (320, [(20_000, 26_000)])):
-        partials, final = listen(ears, pcm, range(block, len(pcm), block), n_after=HANG_OVER, pauses=pauses)
+        early = set()
+        partials, final = listen(ears, pcm, range(block, len(pcm), block), HANG_OVER, pauses=pauses, early=early)
         assert said(final) == said(expected)
         assert final.avg_logprob == pytest.approx(expected.avg_logprob, abs=0.02)
-        assert_orderly(partials, final, hop=8000, n_pauses=2 if pauses else 0)
+        assert_orderly(partials, final, hop=8000, early=early)
+        assert len(early) <= (2 if pauses else 0)
         assert len(partials) >= 2
         assert any(partial.stable_chars for partial in partials)
 
@@ -106,11 +108,11 @@ def long_talk(speech_dir):
 
 
 @pytest.fixture(scope="module")
-def transcripts(build, long_talk):
-    """Each transcript with the time at which it came, on the clock of the audio."""
+def followed(build, long_talk):
+    """Each transcript with the time at which it came, on the clock of the audio; which of them came in a pause."""
     pcm, _ = long_talk
     gate = Gate(VadConfig(hang_over_ms=5000), clock=lambda: 0.0)
-    ears, found = build(), []
+    ears, found, early = build(), [], set()
 
     def hear(chunks, now):
         for chunk in chunks:
@@ -119,12 +121,19 @@ def transcripts(build, long_talk):
                 found.append((now, ears.finish()))
         if partial := ears.step():
             found.append((now, partial))
+            if ears.in_pause:
+                early.add((partial.key, partial.revision))
 
     for start in range(0, len(pcm), 320):
         audio = pcm[start : start + 320]
         hear(gate.feed(AudioChunk(audio, start, 0.0)), seconds(start + len(audio)))
     hear(gate.flush(), seconds(len(pcm)))
-    return found
+    return found, early
+
+
+@pytest.fixture(scope="module")
+def transcripts(followed):
+    return followed[0]
 
 
 def words(text):
@@ -174,8 +183,10 @@ def test_partials_keep_coming_across_a_seam(transcripts):
     assert np.diff(times).max() < LONG_S / 20
 
 
-def test_what_is_stable_stays_in_a_long_segment(transcripts):
-    for _, group in itertools.groupby((transcript for _, transcript in transcripts), key=lambda t: t.key):
+def test_what_is_stable_stays_in_a_long_segment(followed):
+    found, shown_early = followed
+    for key, group in itertools.groupby((transcript for _, transcript in found), key=lambda t: t.key):
         *partials, final = group
-        assert_orderly(partials, final, hop=int(HOP_S * SAMPLE_RATE), n_pauses=len(partials) // 4)
+        early = {revision for of, revision in shown_early if of == key}
+        assert_orderly(partials, final, hop=int(HOP_S * SAMPLE_RATE), early=early)
         assert len(partials) > 20 or not final.continues
