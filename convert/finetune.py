@@ -59,6 +59,7 @@ class Finetune(Stage, frozen=True, kw_only=True, tag="finetune"):
     warmup_steps: int = 10
     cycle_epochs: int = 3  # the learning rate's cosine begins anew ...
     cycle_decay: float = 0.8  # ... from this share of its last peak
+    kept_share: float = 1.0  # of what the best weights have changed; less forgets less, and learns a little less
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     batch: int = 8  # recordings a process takes at once
@@ -79,6 +80,8 @@ class Finetune(Stage, frozen=True, kw_only=True, tag="finetune"):
                 raise ValueError(f"{name} must be positive")
         if not 0.0 <= self.replay_share < 1.0 or not 0.0 <= self.mistakes <= 1.0:
             raise ValueError("replay_share and mistakes are shares: from 0 to 1")
+        if not 0.0 < self.kept_share <= 1.0:
+            raise ValueError("kept_share must be above 0, and 1 at the most")
         if min(self.warmup_steps, self.score_steps, self.silence, self.correction_weight, self.weight_decay) < 0:
             raise ValueError("warmup_steps, score_steps, silence, correction_weight, weight_decay must not be negative")
 

@@ -81,6 +81,7 @@ class Tuner(Trainer):
         self.sampler, self._folder = ByLength(lessons), Path(str(arguments.output_dir))
         self._score, self._patience, self._schedule = score, patience, schedule
         self.trained = {name: p for name, p in pupil.named_parameters() if p.requires_grad}
+        self._untrained = {name: p.detach().clone() for name, p in self.trained.items()}
         super().__init__(
             pupil,
             arguments,
@@ -133,6 +134,18 @@ class Tuner(Trainer):
         with torch.no_grad():
             for name, tensor in load_file(path).items():
                 self.trained[name].copy_(tensor)
+
+    def keep(self, share: float) -> None:
+        """The best weights, with this share of what they have changed.
+
+        Between a checkpoint and what was fine-tuned from it lie weights that know most of both (Wortsman et al. 2022,
+        "Robust fine-tuning of zero-shot models"). Of an adapter's two factors, the one that began at zero is shortened.
+        """
+        self.restore(self.best)
+        with torch.no_grad():
+            for name, tensor in self.trained.items():
+                if ".lora_A." not in name:
+                    tensor.lerp_(self._untrained[name], 1.0 - share)
 
     @property
     def best(self) -> Path:

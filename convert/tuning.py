@@ -174,7 +174,7 @@ class Tuning:
         curve = _read(self.work / "curve.json")
         if curve is None:
             curve = self._taught(tuner)
-        tuner.restore(tuner.best)
+        tuner.keep(self.stage.kept_share)
         return msgspec.convert(curve, list[Point])
 
     def _taught(self, tuner: Tuner) -> list[dict[str, Any]]:

@@ -191,6 +191,18 @@ def test_low_rank_adapters_are_merged(make, folder, tmp_path):
     assert report.details["parameters"] < 20_000
 
 
+@pytest.mark.parametrize("changes", [{"mode": "full"}, {"mode": "lora", "rank": 2, "alpha": 4}])
+def test_a_share_of_what_was_learnt_is_kept(make, folder, tmp_path, changes):
+    stage = make(test=(), canary=(), epochs=2, **changes)
+    tuned(stage, folder, tmp_path / "all")
+    tuned(msgspec.structs.replace(stage, kept_share=0.25), folder, tmp_path / "some")
+    before, learnt, kept = (tensors(path) for path in (folder, tmp_path / "all", tmp_path / "some"))
+    largest = max((learnt[name] - before[name]).abs().max() for name in before)
+    assert largest > 0
+    for name, tensor in before.items():
+        assert (kept[name] - tensor - 0.25 * (learnt[name] - tensor)).abs().max() < 1e-3 * largest, name
+
+
 def test_corrections_are_learnt_by_the_decoder_without_audio(make, folder, tmp_path):
     plain = tuned(make(test=(), canary=(), epochs=1), folder, tmp_path / "plain")
     both = tuned(make(test=(), canary=(), epochs=1, correction_weight=1.0), folder, tmp_path / "both")
@@ -349,6 +361,7 @@ def test_what_only_the_checkpoint_can_tell(make, folder, sets, tmp_path):
         ({"batch": 0}, "batch must be positive"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"replay_share": 1.0}, "from 0 to 1"),
+        ({"kept_share": 0.0}, "above 0"),
         ({"correction_weight": -1.0}, "must not be negative"),
         ({"mode": "half"}, "Invalid enum value"),
         ({"learning_rat": 1.0}, "unknown field"),
