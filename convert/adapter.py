@@ -29,6 +29,8 @@ def attach(encoder: Any, rank: int, alpha: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS), encoder)
+    for layer in _layers(encoder):
+        layer.cast_input_dtype_enabled = False  # under autocast each input would be made float32 and short again
 
 
 def _layers(encoder: Any) -> list[Any]:

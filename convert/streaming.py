@@ -73,7 +73,7 @@ def streamed(encoder: Any, power: Tensor, chunk: int, overlap: int, context: int
         frame s * chunk + i of the audio, and is committed if i < chunk.
     """
     x = _stem(encoder, power, chunk, chunk + overlap, padding)
-    hidden = _hidden(x.shape[1], chunk, context)
+    hidden = _hidden(x.shape[1], chunk, context, min(context, chunk * (x.shape[1] - 1)))
     for layer in encoder.layers:
         x = _rest(layer, x, _attend(*_projected(layer, x), chunk, hidden))
     normed: Tensor = encoder.layer_norm(x)
@@ -110,14 +110,14 @@ def _stem(encoder: Any, power: Tensor, chunk: int, n_real: int, padding: int = 0
     return placed
 
 
-def _hidden(steps: int, chunk: int, context: int) -> Tensor:
-    """Frames that a step does not look back on: not committed before it, or too long ago.
+def _hidden(steps: int, chunk: int, context: int, n_before: int) -> Tensor:
+    """Of the frames before a step, those that it does not look back on: too long ago, or before the audio.
 
-    shape = (steps, 1, 1, steps * chunk), bool
+    shape = (steps, 1, 1, n_before), bool
     """
-    frames = torch.arange(steps * chunk)
-    begins = torch.arange(steps)[:, None] * chunk
-    return ((frames >= begins) | (frames < begins - context))[:, None, None]
+    back = torch.arange(-n_before, 0)
+    frames = torch.arange(steps)[:, None] * chunk + back
+    return ((frames < 0) | (back < -context))[:, None, None]
 
 
 def _projected(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,25 +129,26 @@ def _projected(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, chunk: int, hidden: Tensor) -> Tensor:
-    """Each step attends to what is committed and to itself. shapes = (batch, steps, n_head, width, d_head)
+    """Each step attends to what was committed before it and to itself. shapes = (batch, steps, n_head, width, d_head)
 
-    Written out, since the fused kernel would need every step's keys in one tensor and takes four times as long.
+    Written out: with a mask, the fused kernel takes longer backwards.
     """
-    steps = q.shape[1]
-    q = q * q.shape[-1] ** -0.5
-    flat = q.transpose(1, 2).flatten(2, 3)  # (batch, n_head, steps * width, d_head)
-    committed_k, committed_v = (x[:, :, :, :chunk].transpose(1, 2).flatten(2, 3) for x in (k, v))
-    before = _by_step(flat @ committed_k.transpose(-1, -2), steps)
-    scores = torch.cat([before.masked_fill(hidden, MASKED), q @ k.transpose(-1, -2)], -1)
-    weights = scores.softmax(-1, dtype=scores.dtype)
-    n_committed = committed_k.shape[2]
-    to_before = weights[..., :n_committed].transpose(1, 2).flatten(2, 3)
-    return _by_step(to_before @ committed_v, steps) + weights[..., n_committed:] @ v
+    n_before = hidden.shape[-1]
+    k, v = (torch.cat([_before(x, chunk, n_before), x], 3) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    scores = scores.masked_fill(F.pad(hidden, (0, q.shape[3])), MASKED)
+    attended: Tensor = scores.softmax(-1, dtype=scores.dtype) @ v
+    return attended
 
 
-def _by_step(flat: Tensor, steps: int) -> Tensor:
-    """Shape (batch, n_head, steps * width, n) -> (batch, steps, n_head, width, n)"""
-    return flat.view(*flat.shape[:2], steps, -1, flat.shape[-1]).transpose(1, 2)
+def _before(x: Tensor, chunk: int, n_before: int) -> Tensor:
+    """Each step's last `n_before` frames of those committed before it, zeros where there are not so many.
+
+    shape = (batch, steps, n_head, n_before, d_head)
+    """
+    steps = x.shape[1]
+    committed = x[:, :, :, :chunk].transpose(1, 2).flatten(2, 3)[:, :, : chunk * (steps - 1)]
+    return F.pad(committed, (0, 0, n_before, 0)).unfold(2, n_before, chunk).permute(0, 2, 1, 4, 3)
 
 
 def _rest(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
