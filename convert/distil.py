@@ -2,7 +2,8 @@
 
 Teacher and student are the same encoder: the teacher sees a whole utterance with ample silence after it, the student
 has a low-rank adapter and sees it in chunks with cached keys and values, or whole with little silence. The loss is the
-squared error of the student's frames relative to the teacher's energy; nobody needs to know what was said.
+squared error of the student's frames relative to the teacher's energy, and the divergence of what the decoder expects
+over them from what it expects over the teacher's, on the teacher's own transcripts: nobody needs to know what was said.
 An adapter that will stay beside the encoder's matrices, for streaming alone, need not learn to hear the whole.
 """
 
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from whisperlet.errors import ConfigError, ModelError
 
-from . import adapter, losses, streaming
+from . import adapter, divergence, losses, streaming
 from .corpus import Corpus
 from .machine import describe
 from .model import Checkpoint
 from .speechset import Source
 from .training import Run, mean
+from .utterances import TRANSCRIPTS, Lessons
 
 ROWS_PER_FRAME = 6  # computed for a frame of audio; where a step's overlap takes more, the batch is smaller: memory
 
@@ -52,6 +54,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     silence: tuple[int, int] = (48, 128)  # after an utterance, for the student: drawn between the two
     teacher_silence: int = 256
     tail_weight: float = 0.25  # of the frames that are not committed yet
+    tokens_weight: float = 2.0  # of the divergence of the next token's distribution, nats
+    n_reads: int = 3  # steps of an utterance at which the decoder reads
     whole_weight: float = 0.0  # of the error with the whole utterance in view, for an adapter that is to be merged
     seed: int = 0
     gap_every: int = 20  # steps between measurements on held-out utterances
@@ -59,12 +63,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Point(msgspec.Struct, frozen=True):
-    """One measurement on the held-out utterances: error relative to the teacher's energy."""
+    """One measurement on the held-out utterances: errors relative to the teacher's energy, divergence in nats a token."""
 
     step: int
     loss: float | None  # mean over the steps since the last point; of the first there are none
     streamed: float  # C 15, R 40
     short: float  # whole, 64 frames of silence
+    tokens: float | None = None  # over what was streamed; of training without the decoder there is none
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,8 +91,15 @@ class Training(Run):
 
     point = Point
 
-    def __init__(self, checkpoint: Checkpoint, corpus: Corpus, settings: Settings, start: Path | None = None) -> None:
-        self.checkpoint, self.corpus = checkpoint, corpus
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        corpus: Corpus,
+        settings: Settings,
+        start: Path | None = None,
+        lessons: Lessons | None = None,  # the corpus with transcripts, where the decoder is to have its say
+    ) -> None:
+        self.checkpoint, self.corpus, self.lessons = checkpoint, corpus, lessons
         torch.manual_seed(settings.seed)
         self.encoder: Any = checkpoint.model.model.encoder
         self.start = _attach(self.encoder, settings, start, checkpoint.sha256)
@@ -100,16 +112,20 @@ class Training(Run):
         chunk, overlap = rng.choice(settings.chunks), rng.choice(settings.overlaps)
         width = chunk + overlap + settings.padding
         n_frames = min(settings.batch_frames, settings.batch_frames * ROWS_PER_FRAME * chunk // width)
-        return self._loss(self.corpus.batch(rng, n_frames, silence), silence, chunk, overlap)
+        return self._loss(self.corpus.batch(rng, n_frames, silence), silence, chunk, overlap, rng)
 
-    def _loss(self, clips: Sequence[Tensor], silence: int, chunk: int, overlap: int) -> float:
+    def _loss(self, clips: Sequence[Tensor], silence: int, chunk: int, overlap: int, rng: random.Random) -> float:
         """Leaves its gradients on the parameters; the two halves one after the other, for the sake of memory."""
         target, lengths = self._teacher(clips, silence), losses.own_frames(clips, silence)
         power = streaming.pad(list(clips), 2 * target.shape[1])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             frames = self._streamed(power, chunk, overlap)
-        streamed = losses.stream_error(frames.float(), target, lengths, chunk, self.settings.tail_weight)
-        streamed.backward()  # type: ignore[no-untyped-call]
+            steps = divergence.steps(rng, frames.shape[1], self.settings.n_reads)
+            tokens = self._tokens_error(clips, silence, target, frames, chunk, steps)
+        own = frames[:, :, : chunk + overlap].float()
+        streamed = losses.stream_error(own, target, lengths, chunk, self.settings.tail_weight)
+        streamed = streamed + self.settings.tokens_weight * tokens
+        streamed.backward()
         if not self.settings.whole_weight:
             return float(streamed.detach())
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -119,10 +135,21 @@ class Training(Run):
         return float(streamed.detach() + short.detach())
 
     def _streamed(self, power: Tensor, chunk: int, overlap: int) -> Tensor:
-        """Every step's frames, without those of its padding. shape = (batch, n_steps, chunk + overlap, d_model)"""
-        settings = self.settings
-        frames = streaming.streamed(self.encoder, power, chunk, overlap, settings.context, settings.padding)
-        return frames[:, :, : chunk + overlap]
+        """Every step's frames. shape = (batch, n_steps, chunk + overlap + padding, d_model)"""
+        return streaming.streamed(self.encoder, power, chunk, overlap, self.settings.context, self.settings.padding)
+
+    def _tokens_error(
+        self, clips: Sequence[Tensor], silence: int, target: Tensor, frames: Tensor, chunk: int, steps: Sequence[int]
+    ) -> Tensor:
+        """Divergence at the given steps, their mean."""
+        if self.lessons is None:
+            return torch.zeros(())
+        model, heads = self.checkpoint.model, self.checkpoint.generation.alignment_heads
+        batch = self.lessons.together(clips, silence)
+        wanted = divergence.wanted(model, batch, silence, target, heads)
+        padding = self.settings.padding
+        errors = [divergence.at_step(model, batch, wanted, frames, step, chunk, padding) for step in steps]
+        return torch.stack(errors).mean()
 
     def _teacher(self, clips: Sequence[Tensor], silence: int) -> Tensor:
         """What the encoder makes of whole utterances, as many frames as the student will have."""
@@ -134,16 +161,22 @@ class Training(Run):
     @torch.no_grad()
     def measured(self) -> Point:
         """The gap now."""
-        streamed, short = [], []
-        for clips in self.corpus.held_out:
-            target, lengths = self._teacher(clips, 64), losses.own_frames(clips, 64)
-            power = streaming.pad(list(clips), 2 * target.shape[1])
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                frames = self._streamed(power, 15, 40).float()
-                whole = streaming.full(self.encoder, power).float()
-            streamed.append(float(losses.stream_error(frames, target, lengths, 15, 0.0)))
-            short.append(float(losses.mean_error(whole, target, lengths)))
-        return Point(self.step, mean(self.losses) if self.losses else None, mean(streamed), mean(short))
+        found = [self._gap(clips) for clips in self.corpus.held_out]
+        streamed, short, tokens = (mean([float(errors[i]) for errors in found]) for i in range(3))
+        loss = mean(self.losses) if self.losses else None
+        return Point(self.step, loss, streamed, short, tokens if self.lessons else None)
+
+    def _gap(self, clips: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of frames as they are committed, of frames with the whole in view, and of tokens after the last step."""
+        target, lengths = self._teacher(clips, 64), losses.own_frames(clips, 64)
+        power = streaming.pad(list(clips), 2 * target.shape[1])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            frames = self._streamed(power, 15, 40)
+            tokens = self._tokens_error(clips, 64, target, frames, 15, [frames.shape[1] - 1])
+            whole = streaming.full(self.encoder, power).float()
+        own = frames[:, :, : 15 + 40].float()
+        streamed = losses.stream_error(own, target, lengths, 15, 0.0)
+        return streamed, losses.mean_error(whole, target, lengths), tokens
 
     def identity(self) -> dict[str, Any]:
         """Settings, checkpoint, audio and the adapter that was begun with."""
@@ -219,15 +252,21 @@ def distil(
         corpus = Corpus(
             sources, checkpoint.model.config.num_mel_bins, lambda _: progress.update(reading, advance=1, total=None)
         )
-        training = Training(checkpoint, corpus, settings, start)
+        lessons = _lessons(corpus, checkpoint, work, progress) if settings.tokens_weight else None
+        training = Training(checkpoint, corpus, settings, start, lessons)
         task = progress.add_task("distil", total=settings.steps)
 
         def show(training: Training) -> None:
             gap = training.curve[-1]
-            text = f"distil, gap streamed {gap.streamed:.4f} short {gap.short:.4f}"
+            text = f"distil, gap streamed {gap.streamed:.4f} tokens {gap.tokens or 0.0:.4f}"
             progress.update(task, completed=training.step, description=text)
 
         training.run(work, show)
     record = training.write(target)
     shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def _lessons(corpus: Corpus, checkpoint: Checkpoint, work: Path, progress: Progress) -> Lessons:
+    bar = progress.add_task("transcribe", total=len(corpus))
+    return Lessons(corpus, checkpoint, work / TRANSCRIPTS, lambda done: progress.update(bar, completed=done))

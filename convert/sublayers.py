@@ -62,6 +62,18 @@ class Sublayer(NamedTuple):
         """Inner values. x shape = (batch, n, d_model), encoded (batch, n_frames, d_model), result (batch, n, width)"""
         if self.kind == FFN:
             return F.gelu(self.layer.fc1(self.layer.final_layer_norm(x)))
+        is_causal = self.half == "decoder" and self.kind == SELF
+        found: Tensor = F.scaled_dot_product_attention(*self._projected(x, encoded), is_causal=is_causal)
+        return found.transpose(1, 2).flatten(2)
+
+    def attention(self, x: Tensor, encoded: Tensor) -> Tensor:
+        """Weights of cross-attention. Shapes as in `inner`, result (batch, n_head, n, n_frames)"""
+        q, k, _ = self._projected(x, encoded)
+        weights: Tensor = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        return weights
+
+    def _projected(self, x: Tensor, encoded: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values. shape of each = (batch, n_head, n or n_frames, head_dim)"""
         norm = self.layer.encoder_attn_layer_norm if self.kind == CROSS else self.layer.self_attn_layer_norm
         y, attention = norm(x), self._attention
         source = y if encoded is None or self.kind == SELF else encoded
@@ -70,9 +82,7 @@ class Sublayer(NamedTuple):
             linear(z).unflatten(-1, heads).transpose(1, 2)
             for linear, z in ((attention.q_proj, y), (attention.k_proj, source), (attention.v_proj, source))
         )
-        is_causal = self.half == "decoder" and self.kind == SELF
-        found: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-        return found.transpose(1, 2).flatten(2)
+        return q, k, v
 
     def add(self, x: Tensor, encoded: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """The stream after the sublayer. Shapes as in `inner`."""

@@ -92,6 +92,8 @@ def show_training(record: Record, console: Console) -> None:
     first, last = record.curve[0], record.curve[-1]
     table.add_row("gap when streaming, before and after", f"{first.streamed:.4f}, {last.streamed:.4f}")
     table.add_row("gap with little silence, before and after", f"{first.short:.4f}, {last.short:.4f}")
+    if first.tokens is not None and last.tokens is not None:
+        table.add_row("divergence of the next token, before and after", f"{first.tokens:.4f}, {last.tokens:.4f} nats")
     table.add_row("machine", record.machine)
     console.print(table)
 

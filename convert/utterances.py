@@ -134,7 +134,7 @@ class Lessons:
         n_frames = min(max(len(clip) for clip in clips) // 2 + silence, streaming.MAX_FRAMES)
         eot, n_prompt = self.teacher.generation.eot, 4 if self.teacher.multilingual else 2
         texts = [self._tokens[id(clip)] or [] for clip in clips]
-        tokens = torch.full((len(texts), max(map(len, texts))), eot)
+        tokens = torch.full((len(texts), max(n_prompt + 1, *map(len, texts))), eot)  # it may have heard nothing
         for row, text in zip(tokens, texts, strict=True):
             row[: len(text)] = torch.tensor(text)
         places = torch.arange(1, tokens.shape[1])

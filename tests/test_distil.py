@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 
 import msgspec
@@ -11,12 +12,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_cli import run
 from test_corpus import write
+from test_prune import save_toy
 
 from convert import adapter, distil, losses, model, streaming
 from convert.__main__ import main
 from convert.corpus import Corpus
 from convert.distil import Settings, Training
 from convert.speechset import Source
+from convert.utterances import Lessons
 from whisperlet.errors import ConfigError, ModelError
 
 QUICK = Settings(
@@ -95,6 +98,64 @@ def test_it_may_learn_to_stream_alone(folder, audio, tmp_path, unbroken):
     alone.run(tmp_path)
     assert alone.curve[-1].streamed < alone.curve[0].streamed
     assert alone.curve[-1].loss < unbroken.curve[-1].loss  # which has the other error in it
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    """A toy whose decoder finds an end in what it hears."""
+    folder = tmp_path_factory.mktemp("speaking") / "whisper-toy"
+    save_toy(folder)
+    return folder
+
+
+def with_decoder(folder, audio, settings=QUICK):
+    checkpoint, corpus = model.load(str(folder)), Corpus([Source(audio)], 80)
+    return Training(checkpoint, corpus, settings, lessons=Lessons(corpus, checkpoint))
+
+
+def test_what_the_decoder_reads_counts_by_its_weight(speaking, audio):
+    run_ = with_decoder(speaking, audio)
+    losses_, gradients = [], []
+    for weight in (0.0, 1.0, 3.0):
+        run_.settings = msgspec.structs.replace(QUICK, tokens_weight=weight, whole_weight=0.0)
+        losses_.append(run_.loss(random.Random(1)))
+        gradients.append(torch.cat([p.grad.flatten() for p in run_.parameters if p.grad is not None]))
+        run_.optimiser.zero_grad()
+    assert losses_[1] > 1.05 * losses_[0]
+    assert losses_[2] - losses_[0] == pytest.approx(3 * (losses_[1] - losses_[0]), rel=1e-3)
+    of_tokens = gradients[1] - gradients[0]
+    assert of_tokens.norm() > 0.01 * gradients[0].norm()
+    assert (gradients[2] - gradients[0] - 3 * of_tokens).norm() < 0.1 * of_tokens.norm()  # bfloat16
+
+
+def test_it_learns_what_the_decoder_reads(speaking, audio, tmp_path):
+    run_ = with_decoder(speaking, audio)
+    run_.run(tmp_path)
+    assert run_.curve[-1].tokens < 0.6 * run_.curve[0].tokens
+
+
+def test_it_goes_on_with_the_decoder_too(speaking, audio, tmp_path):
+    whole = with_decoder(speaking, audio)
+    whole.run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        with_decoder(speaking, audio).run(tmp_path / "left", kill_at(7))
+    resumed = with_decoder(speaking, audio)
+    resumed.run(tmp_path / "left")
+    assert resumed.curve == whole.curve
+
+
+def test_what_the_teacher_heard_is_kept_while_it_trains(speaking, audio, tmp_path, monkeypatch):
+    target = tmp_path / "toy.safetensors"
+    seen = []
+    monkeypatch.setattr(Training, "run", lambda self, work, _: seen.append((self, [*work.glob("*")])))
+    monkeypatch.setattr(Training, "write", lambda *_: None)
+    distil.distil(model.load(str(speaking)), [Source(audio)], QUICK, target, Console(quiet=True))
+    alone = msgspec.structs.replace(QUICK, tokens_weight=0.0)
+    distil.distil(model.load(str(speaking)), [Source(audio)], alone, target, Console(quiet=True))
+    (run_, files), (without, _) = seen
+    assert [path.name for path in files] == ["transcripts.json"]
+    assert run_.lessons.corpus is run_.corpus
+    assert without.lessons is None
 
 
 def test_the_teacher_stays_as_it_was(folder, audio, unbroken):
@@ -181,10 +242,11 @@ def test_a_damaged_checkpoint(folder, audio, work, damage):
 
 def test_what_is_written(folder, audio, tmp_path, unbroken):
     target = tmp_path / "new" / "toy.safetensors"
-    record = distil.distil(model.load(str(folder)), [Source(audio)], QUICK, target, Console(quiet=True))
+    settings = msgspec.structs.replace(QUICK, tokens_weight=0.0)
+    record = distil.distil(model.load(str(folder)), [Source(audio)], settings, target, Console(quiet=True))
     assert sorted(path.name for path in target.parent.iterdir()) == ["toy.json", "toy.safetensors"]
     assert msgspec.json.decode(target.with_suffix(".json").read_bytes(), type=distil.Record) == record
-    assert record.settings == QUICK
+    assert record.settings == settings
     assert record.curve == unbroken.curve
     assert (record.file, record.source) == ("toy.safetensors", "whisper-toy")
     expected = adapter.state(unbroken.encoder)
@@ -281,7 +343,9 @@ def test_the_command(folder, audio, tmp_path):
         f"{record['curve'][-1]['short']:.4f}",
     ):
         assert said in done.stdout
-    assert all(line.lstrip().startswith(("read", "distil, gap streamed")) for line in done.stderr.splitlines())
+    assert all(
+        line.lstrip().startswith(("read", "transcribe", "distil, gap streamed")) for line in done.stderr.splitlines()
+    )
 
 
 def refused(capfd, monkeypatch, *arguments):
