@@ -328,9 +328,9 @@ def test_an_adapter_of_another_rank_is_not_trained_on(folder, tmp_path, unbroken
 # the command
 
 
-def test_the_command(folder, audio, tmp_path):
+def test_the_command(speaking, audio, tmp_path):
     options = ["--audio", f"{audio}:4", "--out", "adapters/mine.safetensors", "--steps", 2]
-    done = run("whisperlet-convert", "distil", folder, *options, cwd=tmp_path, COLUMNS="160")
+    done = run("whisperlet-convert", "distil", speaking, *options, cwd=tmp_path, COLUMNS="160")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "adapters/mine.json").read_text())
     assert msgspec.convert(record["settings"], Settings) == Settings(steps=2)
@@ -346,6 +346,11 @@ def test_the_command(folder, audio, tmp_path):
     assert all(
         line.lstrip().startswith(("read", "transcribe", "distil, gap streamed")) for line in done.stderr.splitlines()
     )
+
+
+def test_a_teacher_that_hears_nothing_has_nothing_to_teach(capfd, monkeypatch, folder, audio, tmp_path):
+    sentence = refused(capfd, monkeypatch, folder, "--audio", f"{audio}:4", "--out", tmp_path / "mine.safetensors")
+    assert sentence == "the recordings hold nothing in which the teacher hears speech that ends"
 
 
 def refused(capfd, monkeypatch, *arguments):
