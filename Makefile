@@ -9,7 +9,7 @@ RECIPE ?= base_wi8
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-	$(BIN)/python -m pip install -qq --no-input
+	$(BIN)/python -m pip install -qq --no-input --no-compile
 BUNDLE := build/$(RECIPE).tflite
 BYSTANDERS := __init__ __main__ artefacts charts comparison distil entities evaluation evaluation_tables heatmap inspection intervals metrics onnx2tf onnx_export report results tables trials worst# modules that a build does not use
 BUNDLE_SOURCES := $(sort $(filter-out $(BYSTANDERS:%=convert/%.py),$(wildcard convert/*.py)) \
@@ -66,6 +66,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'installing into .venv, which takes some minutes the first time'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) -e '.[agent,convert,dev,bench]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib >/dev/null 2>&1 || true  # pip takes one core; some templates fail
 	@rm -f .venv/.mic && touch $@
 
 # An extra of its own since it has no wheel: everything but the live microphone works without it.
