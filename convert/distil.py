@@ -31,7 +31,7 @@ from .machine import describe
 from .model import Checkpoint
 from .speechset import Source
 from .training import Run, mean
-from .utterances import TRANSCRIPTS, Lessons
+from .utterances import Lessons, listen
 
 ROWS_PER_FRAME = 6  # computed for a frame of audio; where a step's overlap takes more, the batch is smaller: memory
 
@@ -248,11 +248,8 @@ def distil(
     target.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        reading = progress.add_task("read", total=None)
-        corpus = Corpus(
-            sources, checkpoint.model.config.num_mel_bins, lambda _: progress.update(reading, advance=1, total=None)
-        )
-        lessons = _lessons(corpus, checkpoint, work, progress) if settings.tokens_weight else None
+        lessons = listen("distil", checkpoint, sources, work, progress) if settings.tokens_weight else None
+        corpus = lessons.corpus if lessons else Corpus(sources, checkpoint.model.config.num_mel_bins)
         training = Training(checkpoint, corpus, settings, start, lessons)
         task = progress.add_task("distil", total=settings.steps)
 
@@ -265,8 +262,3 @@ def distil(
     record = training.write(target)
     shutil.rmtree(work, ignore_errors=True)
     return record
-
-
-def _lessons(corpus: Corpus, checkpoint: Checkpoint, work: Path, progress: Progress) -> Lessons:
-    bar = progress.add_task("transcribe", total=len(corpus))
-    return Lessons(corpus, checkpoint, work / TRANSCRIPTS, lambda done: progress.update(bar, completed=done))

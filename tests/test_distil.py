@@ -344,7 +344,8 @@ def test_the_command(speaking, audio, tmp_path):
     ):
         assert said in done.stdout
     assert all(
-        line.lstrip().startswith(("read", "transcribe", "distil, gap streamed")) for line in done.stderr.splitlines()
+        line.lstrip().startswith(("distil: read", "distil: transcribe", "distil, gap streamed"))
+        for line in done.stderr.splitlines()
     )
 
 
