@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(BIN)/python -m pip install -qq --no-input --no-compile
 BUNDLE := build/$(RECIPE).tflite
-BYSTANDERS := __init__ __main__ artefacts charts comparison distil entities evaluation evaluation_tables heatmap inspection intervals metrics onnx2tf onnx_export report results tables trials worst# modules that a build does not use
+BYSTANDERS := __init__ __main__ artefacts charts comparison distil divergence entities evaluation evaluation_tables heatmap inspection intervals metrics onnx2tf onnx_export report results tables trials worst# modules that a build does not use
 BUNDLE_SOURCES := $(sort $(filter-out $(BYSTANDERS:%=convert/%.py),$(wildcard convert/*.py)) \
 	$(wildcard convert/adapters/* convert/golden/* whisperlet/*.py) convert/recipes/$(RECIPE).toml) constraints.txt
 CACHE := $(or $(WHISPERLET_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/whisperlet)/bundles
@@ -114,8 +114,9 @@ lint: $(STAMP)
 	@$(BIN)/mypy demo/demo.py
 	@$(BIN)/mypy tests/benchmarks
 
+# Two processes, each with one thread: much is small, or waits. A file stays together, for what its tests share.
 test: system venv lint bundle
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Not part of `test`: a machine that does anything else measures wrongly. BENCH='cost accuracy --limit 20' works too.
 bench: venv bundle

@@ -1,7 +1,6 @@
 """A Whisper of 0.2 M parameters: random, quick, and varied in what it says. Heavy libraries only where it is made."""
 
 import hashlib
-import os
 import shutil
 import warnings
 from importlib.metadata import version
@@ -10,6 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from whisperlet.audio import SAMPLE_RATE, to_pcm16
 from whisperlet.bundle import FORMAT_VERSION, Dims, Manifest, StreamSpec, Vocabulary
@@ -161,12 +161,14 @@ def fingerprint():
 def built_once(cache, scratch):
     """Return the folder of the toy bundle; half a minute of tracing is spent anew only when the code has changed."""
     kept = cache / fingerprint()
-    if not kept.is_dir():
-        build(scratch)
-        for old in cache.iterdir():
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.copytree(scratch, kept.with_suffix(f".{os.getpid()}"))
-        kept.with_suffix(f".{os.getpid()}").rename(kept)
+    with FileLock(cache / "lock"):  # more than one process may be testing
+        if not kept.is_dir():
+            build(scratch)
+            for old in cache.glob("*/"):
+                shutil.rmtree(old, ignore_errors=True)
+            partial = cache / "partial"
+            shutil.copytree(scratch, partial)
+            partial.rename(kept)
     return kept
 
 
