@@ -1,4 +1,4 @@
-"""Runs the graphs of a bundle. Weights live here, state in `DecoderState`, policy in `decoding.py`.
+"""Runs the graphs of a bundle. Weights live here, state in `DecoderState`, policy in `decoding.py` and `drafting.py`.
 
 Two runtimes behind one interface: LiteRT's `CompiledModel`, whose buffers are made once and passed from signature to
 signature without a copy, and TensorFlow Lite's `Interpreter` for platforms where the first has no wheel.

@@ -9,8 +9,8 @@ from whisperlet.bundle import Manifest, StreamSpec
 from whisperlet.errors import ConfigError
 from whisperlet.logmel import LogMel
 
-from . import decoding
-from .decoding import Draft
+from . import drafting
+from .drafting import Draft
 from .engine import Engine
 from .state import Looks
 from .terms import Terms
@@ -113,7 +113,7 @@ class Follower:
 
     def hear(self, prompt: Sequence[int], limit: int, terms: Terms | None = None) -> Draft:
         """What is said up to the last frame that was encoded; `attend` comes first."""
-        self.draft = decoding.follow(
+        self.draft = drafting.follow(
             self._decoder,
             self._manifest.vocabulary,
             prompt,

@@ -6,7 +6,7 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent import decoding
+from agent import drafting
 from agent.follower import NOTHING
 from agent.state import Looks
 
@@ -42,7 +42,7 @@ class Talker(toy.TokenState):
 
 
 def follow(talker, draft=NOTHING, frontier=END, limit=60, block=16, edge=END):
-    return decoding.follow(
+    return drafting.follow(
         talker, toy.VOCABULARY, PROMPT, draft, frontier=frontier, edge=edge, limit=limit, block=block
     )
 

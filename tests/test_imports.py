@@ -43,9 +43,11 @@ ALLOWED = {
     "guess": set(),
     "windows": set(),
     "preference": {"terms"},
-    "decoding": {"alignment", "guess", "preference", "state", "terms"},
+    "reader": {"guess", "preference", "state"},
+    "decoding": {"guess", "preference", "reader", "terms"},
+    "drafting": {"alignment", "decoding", "guess", "preference", "reader", "terms"},
     "rejection": {"decoding"},
-    "follower": {"decoding", "engine", "state", "terms"},
+    "follower": {"drafting", "engine", "state", "terms"},
     "segment": {"alignment", "decoding"},
     "transcriber": {
         "decoding",

@@ -13,7 +13,7 @@ from test_decoding import PROMPT, MadeUpDecoder
 from test_follow import Talker
 from test_transcriber import SECOND, make
 
-from agent import config, decoding, term_list, transcriber
+from agent import config, decoding, drafting, reader, term_list, transcriber
 from agent.audio_files import read_file
 from agent.commands import Settings, changed
 from agent.config import Config, RecogniserConfig
@@ -125,7 +125,7 @@ def one_by_one(decoder, terms, limit):
     said, its_own, since = [], set(), None
     while len(said) < limit:
         decoder.position = 0
-        row = decoding.suppress(decoder.decode(PROMPT + said)[-1:].copy(), toy.VOCABULARY, first=not said)[0]
+        row = reader.suppress(decoder.decode(PROMPT + said)[-1:].copy(), toy.VOCABULARY, first=not said)[0]
         plain = row.argmax()
         if plain != toy.EOT and len(said) not in its_own:
             for token, boost in naive_bias(terms, said).items():
@@ -211,7 +211,7 @@ def test_following_says_the_same_in_passes_of_any_size(sayings, listed):
     terms, draft = Terms(listed, encode), NOTHING
     for answer, frontier in sayings:
         found = [
-            decoding.follow(
+            drafting.follow(
                 Talker(*answer, height=3.0),
                 toy.VOCABULARY,
                 PROMPT,
