@@ -17,7 +17,8 @@ from whisperlet.audio import Float32
 from whisperlet.bundle import Bundle, Manifest, StreamSpec, kv_names
 from whisperlet.errors import BundleError
 
-from .state import DecoderState, Looks, StreamState, cross_mask, self_mask, stream_mask
+from .alignment import Looks
+from .state import DecoderState, StreamState, cross_mask, self_mask, stream_mask
 
 
 class Engine(Protocol):

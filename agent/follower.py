@@ -10,9 +10,9 @@ from whisperlet.errors import ConfigError
 from whisperlet.logmel import LogMel
 
 from . import drafting
+from .alignment import Looks
 from .drafting import Draft
 from .engine import Engine
-from .state import Looks
 from .terms import Terms
 
 MEL_PER_FRAME = 2  # the second convolution has stride 2

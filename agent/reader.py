@@ -10,9 +10,9 @@ import numpy as np
 from whisperlet.audio import Float32
 from whisperlet.bundle import Vocabulary
 
+from .alignment import Looks
 from .guess import Guess, agreed
 from .preference import Preference
-from .state import Looks
 
 
 class Decoder(Protocol):

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from whisperlet.audio import Float32
 from whisperlet.bundle import Dims, StreamSpec, kv_shapes
 
+from .alignment import Looks
+
 MASKED = np.float32(-1e9)  # added to a score, leaves no weight after softmax
-
-
-class Looks(NamedTuple):
-    """Where the alignment heads looked in the last call of `decode`, by token."""
-
-    frames: NDArray[np.int64]  # of the audio, the one that they looked at most
-    beyond: Float32  # share of their attention that went to the padding after the audio
-
-    @classmethod
-    def of(cls, attention: Float32, n_frames: int) -> Looks:
-        """From weights of shape (n_tokens, n_cross)."""
-        speech = attention[:, :n_frames]
-        return cls(speech.argmax(-1), 1 - speech.sum(-1) / attention.sum(-1))
 
 
 class DecoderState:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from agent.state import Looks
+from agent.alignment import Looks
 from whisperlet.audio import WINDOW_FRAMES, Float32
 from whisperlet.bundle import FORMAT_VERSION, Dims, Manifest, Vocabulary
 

@@ -6,7 +6,7 @@ import numpy as np
 import toy
 from test_model import make_tokenizer
 
-from agent.state import Looks
+from agent.alignment import Looks
 from whisperlet.tokenizer import Tokenizer
 
 

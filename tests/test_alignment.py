@@ -1,5 +1,6 @@
 """What the alignment heads' looks tell of words that were left out or said twice."""
 
+import numpy as np
 import pytest
 import toy
 from hypothesis import given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from scripted import ScriptedEngine
 
 from agent import transcriber
-from agent.alignment import MAX_BACK, MAX_SKIPPED, is_once_through, place
+from agent.alignment import MAX_BACK, MAX_SKIPPED, Looks, is_once_through, median_filter, place
 from agent.config import RecogniserConfig
 from agent.messages import SpeechChunk
 from agent.transcriber import Transcriber
@@ -16,6 +17,30 @@ from whisperlet.audio import SAMPLES_PER_FRAME
 END = 400
 STEADY = list(range(16, END, 16))
 LONG = toy.babble(END / 50 + 0.1)[: END * SAMPLES_PER_FRAME]
+
+
+def test_the_median_drops_a_spike_and_mirrors_the_ends():
+    x = np.array([[1.0, 2.0, 90.0, 4.0, 5.0]])
+    assert median_filter(x, 3).tolist() == [[2.0, 2.0, 4.0, 5.0, 4.0]]
+    assert median_filter(x, 11) is x
+
+
+def test_where_the_heads_look():
+    attention = np.array([[0.5, 1.0, 0.2, 0.3], [0.0, 0.1, 0.0, 1.9]], np.float32)
+    looks = Looks.of(attention, 3)
+    assert looks.frames.tolist() == [1, 1]  # of the audio, even where most goes to the padding
+    np.testing.assert_allclose(looks.beyond, [0.15, 0.95], atol=1e-6)
+    assert Looks.of(attention, 4).beyond.tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("spike", [0, 4, 5, 97, 99])
+def test_a_frame_that_draws_attention_whatever_is_said_is_not_looked_at(spike):
+    attention = np.full((2, 120), 0.001, np.float32)
+    attention[:, spike] = 0.4
+    attention[0, 60:66], attention[1, 70:75] = 0.08, 0.08
+    first, second = Looks.of(attention, 100).frames
+    assert 60 <= first < 66
+    assert 70 <= second < 75
 
 
 def test_a_steady_reading_is_once_through():

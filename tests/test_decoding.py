@@ -10,10 +10,10 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.alignment import Looks
 from agent.decoding import MAX_PERIOD, MIN_REPEATED, MIN_REPEATS, best_language, greedy, loop_start
 from agent.guess import agreed
 from agent.reader import log_softmax_at, probability_at, suppress
-from agent.state import Looks
 
 VOCABULARY = toy.VOCABULARY
 PROMPT = [toy.SOT, toy.EN, toy.TRANSCRIBE, toy.NO_TIMESTAMPS]

@@ -6,7 +6,7 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.state import Looks
+from agent.alignment import Looks
 from convert import fold, reference
 from convert.fold import FoldedWhisper, after_norm, normalise
 from convert.graphs import Decode, Encode, by_layer, inverse_timescales

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent import drafting
+from agent.alignment import Looks
 from agent.follower import NOTHING
-from agent.state import Looks
 
 PROMPT = [toy.SOT, toy.EN, toy.TRANSCRIBE, toy.NO_TIMESTAMPS]
 FAR = 1400  # frames

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agent import state
 from agent.engine import _Passes
 from agent.follower import Bound, Follower
-from agent.state import Looks, StreamState
+from agent.state import StreamState
 from convert import streaming
 from convert.fold import FoldedWhisper
 from convert.graphs import Encode, Stream
@@ -271,14 +271,6 @@ def test_stream_mask():
         assert mask.dtype == np.float32
         assert (mask == 0).astype(int).tolist() == [expected]
         assert mask.min() in (0, state.MASKED)
-
-
-def test_where_the_heads_look():
-    attention = np.array([[0.5, 1.0, 0.2, 0.3], [0.0, 0.1, 0.0, 1.9]], np.float32)
-    looks = Looks.of(attention, 3)
-    assert looks.frames.tolist() == [1, 1]  # of the audio, even where most goes to the padding
-    np.testing.assert_allclose(looks.beyond, [0.15, 0.95], atol=1e-6)
-    assert Looks.of(attention, 4).beyond.tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_a_stream_has_room_for_a_whole_window(litert):

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.alignment import median_filter
 from agent.audio_files import read_file
 from convert.speechset import Clip
 from whisperlet.audio import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WINDOW_FRAMES, Pcm16, seconds, to_float32
@@ -27,19 +28,8 @@ from whisperlet.logmel import log_mel
 from .base import bar, cache_folder
 
 VERSION = "1"  # of the method; part of the cache's name
-MEDIAN_FRAMES = 7
 Matrix = NDArray[np.float64]
 Spoken = list[tuple[str, float]]  # written word, second at which it ends
-
-
-def median_filter(x: Matrix, width: int = MEDIAN_FRAMES) -> Matrix:
-    """Running median along the last axis, mirrored at the ends; as it is if there are too few values."""
-    half = width // 2
-    if x.shape[-1] <= half:
-        return x
-    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(half, half)], mode="reflect")
-    medians: Matrix = np.median(np.lib.stride_tricks.sliding_window_view(padded, width, axis=-1), axis=-1)
-    return medians
 
 
 def warp(cost: Matrix) -> NDArray[np.int64]:
