@@ -18,7 +18,7 @@ from .terms import Terms
 MEL_PER_FRAME = 2  # the second convolution has stride 2
 CONTEXT_BEFORE, CONTEXT_AFTER = 2, 1  # mel frames around an encoder frame's own two that the convolutions see
 MARGIN = 10  # frames before the end of the audio; a token that looks there may stand for a word that is cut off
-EDGE = 8  # frames before the end of the audio; a token that looks there is the last one of a partial
+EDGE = 14  # frames before the end of the audio; a token that looks there is the last one of a partial
 NOTHING = Draft([], [])
 
 
