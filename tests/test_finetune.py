@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -309,6 +310,49 @@ def test_two_processes_share_the_work_and_one_writes(make, folder, tmp_path):
     assert reports[0]["processes"] == 2
     assert [point["step"] for point in reports[0]["curve"]] == [0, 1, 2, 3, 4]  # half as many as of one process
     assert model.load(str(out)).multilingual
+
+
+RECIPE = """
+source = "{folder}"
+
+[[stages]]
+stage = "finetune"
+train = [{{ path = "{train}" }}]
+dev = [{{ path = "{dev}" }}]
+batch = 2
+accumulation = 1
+epochs = 1
+silence = 10
+
+[[stages]]
+stage = "export"
+
+[[stages]]
+stage = "quantise"
+
+[[stages]]
+stage = "package"
+silence_frames = {{ default = 10 }}
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_command(sets, folder, tmp_path):
+    recipe, out = tmp_path / "toy.toml", tmp_path / "out"
+    recipe.write_text(RECIPE.format(folder=folder, train=sets["train"][0].path, dev=sets["dev"][0].path))
+    accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
+    done = subprocess.run(
+        [*accelerate, "-m", "convert", "finetune", str(recipe), "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(toy.REPOSITORY), "WHISPERLET_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = msgspec.json.decode((out / RECORD).read_bytes(), type=StageReport)
+    assert [point["step"] for point in report.details["curve"]] == [0, 3]  # six recordings, two a step
+    assert changed(folder, out)
 
 
 # what is refused
