@@ -1,8 +1,8 @@
 """Whisper's log-mel spectrogram. One form, incremental; the batch form feeds it everything at once.
 
 A spectrogram frame t covers the samples [160 t - 200, 160 t + 200), the audio mirrored before its start and zero after
-its end. Frames whose samples are all there are computed once and kept; the few that reach past an end are computed
-when a window is asked for, so a window may end anywhere in the audio that was fed.
+its end. Frames whose samples are all there are computed once, many together when a window is asked for, and kept; the
+few that reach past an end are computed for that window alone, so it may end anywhere in the audio that was fed.
 """
 
 from __future__ import annotations
@@ -51,20 +51,30 @@ def _log_power(padded: Float32, n_mels: int) -> Float32:
     return np.log10(np.maximum(power @ mel_filters(n_mels), FLOOR))
 
 
+def _n_complete(n_samples: int) -> int:
+    """Frames that so much audio has completed."""
+    return (n_samples - _HALF) // HOP_LENGTH + 1 if n_samples > _HALF else 0
+
+
 class LogMel:
-    """Audio of one segment and the spectrogram frames that it has completed. Both have room for a full window."""
+    """Audio of one segment and the spectrogram frames that were computed of it. Both have room for a full window."""
 
     def __init__(self, n_mels: int) -> None:
         self.n_mels = n_mels
         self._samples: Float32 = np.empty(MAX_SAMPLES, np.float32)
         self._frames: Float32 = np.empty((MAX_SAMPLES // HOP_LENGTH, n_mels), np.float32)
         self.n_samples = 0
-        self.n_frames = 0  # complete ones
+        self._n_kept = 0  # frames
 
     @property
     def samples(self) -> Float32:
         """All that was fed. shape = (n_samples,)"""
         return self._samples[: self.n_samples]
+
+    @property
+    def n_frames(self) -> int:
+        """Frames that no further audio will change."""
+        return _n_complete(self.n_samples)
 
     def feed(self, samples: Float32) -> None:
         """Append audio of shape (n,). Raises ValueError past 30 s."""
@@ -73,10 +83,13 @@ class LogMel:
             raise ValueError(f"{end} samples are more than a window's {MAX_SAMPLES}")
         self._samples[self.n_samples : end] = samples
         self.n_samples = end
-        n_complete = (end - _HALF) // HOP_LENGTH + 1 if end > _HALF else 0
-        if n_complete > self.n_frames:
-            self._frames[self.n_frames : n_complete] = self._compute(self.n_frames, n_complete, end)
-            self.n_frames = n_complete
+
+    def _kept(self, n_frames: int) -> Float32:
+        """The first complete frames, those that are new computed. shape = (n_frames, n_mels)"""
+        if n_frames > self._n_kept:
+            self._frames[self._n_kept : n_frames] = self._compute(self._n_kept, n_frames, self.n_samples)
+            self._n_kept = n_frames
+        return self._frames[:n_frames]
 
     def _compute(self, first: int, last: int, end: int) -> Float32:
         """Frames [first, last) of the audio up to sample `end`."""
@@ -95,10 +108,10 @@ class LogMel:
         end = self.n_samples if end is None else min(end, self.n_samples)
         if end > n_frames * HOP_LENGTH:
             raise ValueError(f"{end} samples do not fit into {n_frames} frames of {HOP_LENGTH}")
-        n_whole = min(self.n_frames, max(0, (end - _HALF) // HOP_LENGTH + 1), n_frames)
+        n_whole = min(_n_complete(end), n_frames)
         n_touched = min(n_frames, (end + _HALF - 1) // HOP_LENGTH + 1) if end else 0
         out = np.full((n_frames, self.n_mels), SILENCE)
-        out[:n_whole] = self._frames[:n_whole]
+        out[:n_whole] = self._kept(n_whole)
         if n_touched > n_whole:
             out[n_whole:n_touched] = self._compute(n_whole, n_touched, end)
         return out
@@ -114,9 +127,10 @@ class LogMel:
         Before the audio there is the zero padding of the first convolution, after `last` silence.
         """
         last = min(self.n_frames, last)
+        kept = self._kept(last)
         out = np.full((n_frames, self.n_mels), SILENCE)
-        out[max(0, -first) : last - first] = self._frames[max(0, first) : last]
-        loudest = self._frames[:last].max(initial=SILENCE)
+        out[max(0, -first) : last - first] = kept[max(0, first) :]
+        loudest = kept.max(initial=SILENCE)
         window = scaled(out, loudest)
         window[: max(0, -first)] = 0.0
         return window[None]
