@@ -16,8 +16,9 @@ from .config import RecogniserConfig
 from .protocol import Batch, Failed, Heard, Ready, Reply, Request, Start, ask, pair
 
 START_TIMEOUT_S = 120.0  # the first start on a slow device packs the weights
-# glibc keeps what was freed unless it was mapped by itself; buffers of the engine come and go by the megabyte.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
+# glibc keeps what was freed unless it was mapped by itself; buffers of the engine come and go by the megabyte. The rest
+# goes back where it is more than some megabytes: by default every pass would ask anew for the same pages.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024), "MALLOC_TRIM_THRESHOLD_": str(8 * 1024 * 1024)}
 
 
 class EngineLost(Exception):
