@@ -55,6 +55,7 @@ class Segment:
         self.voiced_heard = 0  # samples that were fed when the last partial was made
         self.draft: list[int] = []  # tokens to verify
         self.shown = self.stable = ""  # the text of the last partial, and what of it will not change
+        self._reached = 0  # the end of that partial
         self.in_advance: tuple[int, Heard] | None = None  # the final, should the speech end with that sample
         self.last: SpeechChunk | None = None  # the chunk that ended it
 
@@ -62,6 +63,11 @@ class Segment:
     def n_silent(self) -> int:
         """Samples since what is voiced; 0 where that is not told."""
         return 0 if self.voiced_end is None else self.logmel.n_samples - self.voiced_end
+
+    def reached(self, end: int) -> int:
+        """The end of a partial that has heard so much: none ends before the one before it."""
+        self._reached = max(self._reached, end)
+        return self._reached
 
 
 class Before(msgspec.Struct, frozen=True):

@@ -117,15 +117,15 @@ class Transcriber:
         if not is_news or rejection.reason(heard.hypothesis, self.config):
             return None
         segment.shown = text
-        return msgspec.structs.replace(self._transcript(segment, heard, end), stable_chars=len(segment.stable))
+        early = self._transcript(segment, heard, segment.reached(end))
+        return msgspec.structs.replace(early, stable_chars=len(segment.stable))
 
     def _partial(self, segment: Segment, hop_ms: float) -> Transcript | None:
         follower = self._follower
-        n_samples = segment.logmel.n_samples
         is_silent = segment.voiced_end is not None and segment.voiced_end <= segment.voiced_heard
         if follower is None or is_silent or not follower.is_due(segment.logmel, hop_ms):
             return None
-        segment.voiced_heard = n_samples
+        segment.voiced_heard = segment.logmel.n_samples
         began = time.perf_counter()
         follower.listen(segment.logmel)
         follower.attend()
@@ -140,7 +140,7 @@ class Transcriber:
         segment.draft = draft.tokens
         decoded = time.perf_counter()
         heard = Heard(draft.hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded), len(draft.stable))
-        partial = self._transcript(segment, heard, end)
+        partial = self._transcript(segment, heard, segment.reached(end))
         segment.shown, segment.stable = partial.text, partial.text[: partial.stable_chars]
         return partial
 

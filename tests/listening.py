@@ -42,13 +42,15 @@ def said(final):
 
 def assert_orderly(partials, final, hop, early=()):
     """The revisions in `early` were heard in advance in a pause, and keep to no hop."""
-    known, stable = 0, ""
+    known, reached, stable = 0, 0, ""
     for i, partial in enumerate(partials):
         assert partial.revision == i + 1
         assert not partial.is_final
         assert 0 <= partial.stable_chars <= len(partial.text)
         assert partial.text.startswith(stable)
         stable = partial.text[: partial.stable_chars]
+        assert partial.end >= reached
+        reached = partial.end
         if partial.revision not in early:
             assert partial.end - known >= hop
             known = partial.end

@@ -68,6 +68,17 @@ def test_what_is_heard_in_the_pause_is_shown():
     assert talk.end_here().text == "overture"
 
 
+def test_what_is_heard_in_the_pause_ends_no_earlier_than_what_was_heard_before():
+    engine = ScriptedEngine("over")
+    talk = Talk(engine, settle_ms=1000)
+    silence = np.zeros(SAMPLE_RATE, np.int16)
+    before = talk.hear(np.concatenate([SPEECH, silence[:-1]]), is_voiced=False, voiced_end=len(SPEECH))
+    assert before.end > len(SPEECH)
+    talk.voiced_end, engine.answer = len(SPEECH), "overture"
+    assert talk.hear(silence[:1], is_voiced=False).end == before.end
+    assert talk.end_here().end == len(SPEECH)
+
+
 @pytest.mark.parametrize(
     ("answer", "changes"),
     [
