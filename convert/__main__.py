@@ -140,6 +140,9 @@ def distil(
     seed: Annotated[int, typer.Option()] = 0,
     start: Annotated[Path | None, typer.Option(help="An adapter to train on, instead of a new one.")] = None,
     rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate at its peak.")] = None,
+    padding: Annotated[
+        int | None, typer.Option(min=0, help="Frames of silence after a step; `stream_padding` of the recipe's export.")
+    ] = None,
     whole: Annotated[bool, typer.Option("--whole", help="For an adapter that is to be merged.")] = False,
 ) -> None:
     """Teach a checkpoint's encoder to stream. Interrupted, it goes on from its last checkpoint."""
@@ -153,6 +156,7 @@ def distil(
         settings,
         steps=steps or settings.steps,
         learning_rate=settings.learning_rate if rate is None else rate,
+        padding=settings.padding if padding is None else padding,
         whole_weight=float(whole),
     )
     sources = [Source.parse(text) for text in audio]

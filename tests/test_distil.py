@@ -329,11 +329,11 @@ def test_an_adapter_of_another_rank_is_not_trained_on(folder, tmp_path, unbroken
 
 
 def test_the_command(speaking, audio, tmp_path):
-    options = ["--audio", f"{audio}:4", "--out", "adapters/mine.safetensors", "--steps", 2]
+    options = ["--audio", f"{audio}:4", "--out", "adapters/mine.safetensors", "--steps", 2, "--padding", 10]
     done = run("whisperlet-convert", "distil", speaking, *options, cwd=tmp_path, COLUMNS="160")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "adapters/mine.json").read_text())
-    assert msgspec.convert(record["settings"], Settings) == Settings(steps=2)
+    assert msgspec.convert(record["settings"], Settings) == Settings(steps=2, padding=10)
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"mine.json", "mine.safetensors"}
     for said in (
         "mine.safetensors",

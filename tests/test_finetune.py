@@ -343,7 +343,12 @@ def test_accelerate_launches_the_command(sets, folder, tmp_path):
     accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
     done = subprocess.run(
         [*accelerate, "-m", "convert", "finetune", str(recipe), "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": str(toy.REPOSITORY), "WHISPERLET_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(toy.REPOSITORY),
+            "WHISPERLET_CACHE": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=200,
