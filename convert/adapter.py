@@ -139,17 +139,23 @@ def fits(metadata: dict[str, str], encoder: Any, source_sha256: str) -> bool:
     return metadata["source_sha256"] == source_sha256
 
 
-def put(encoder: Any, path: Path, source_sha256: str, max_rank: int | None = None) -> tuple[int, int]:
-    """Attach a stored adapter, or the nearest one of `max_rank`; its rank and alpha.
+def checked(path: Path, encoder: Any, source_sha256: str) -> tuple[int, int, dict[str, torch.Tensor]]:
+    """Rank, alpha and tensors of a stored adapter.
 
     Raises ModelError if the file is damaged, or was made for another checkpoint.
     """
     metadata, tensors = read(path)
-    rank, alpha = int(metadata["rank"]), int(metadata["alpha"])
+    rank = int(metadata["rank"])
     if not fits(metadata, encoder, source_sha256):
         raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
     if not tensors or not all(rank in tensor.shape and tensor.isfinite().all() for tensor in tensors.values()):
         raise ModelError(f"{path}: is damaged: its tensors are not finite, or not of rank {rank}")
+    return rank, int(metadata["alpha"]), tensors
+
+
+def put(encoder: Any, path: Path, source_sha256: str, max_rank: int | None = None) -> tuple[int, int]:
+    """Attach a stored adapter, or the nearest one of `max_rank`; its rank and alpha. Raises ModelError as `checked`."""
+    rank, alpha, tensors = checked(path, encoder, source_sha256)
     if max_rank is not None and rank > max_rank:
         tensors, rank, alpha = _cut(tensors, max_rank), max_rank, alpha * max_rank // rank
     attach(encoder, rank, alpha)

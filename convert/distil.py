@@ -25,7 +25,7 @@ from torch import Tensor
 
 from whisperlet.errors import ConfigError, ModelError
 
-from . import adapter, divergence, losses, streaming
+from . import adapter, divergence, losses, streaming, training
 from .corpus import Corpus
 from .machine import describe
 from .model import Checkpoint
@@ -245,20 +245,23 @@ def distil(
     """Train an adapter, anew or from `start`, and write it; what was begun in `<target>.work` is gone on with."""
     check_target(target)
     work = target.with_suffix(".work")
+    training.read(work)  # if it is damaged, that is better known before the recordings are transcribed
+    if start is not None:
+        adapter.checked(start, checkpoint.model.model.encoder, checkpoint.sha256)
     target.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         lessons = listen("distil", checkpoint, sources, work, progress) if settings.tokens_weight else None
         corpus = lessons.corpus if lessons else Corpus(sources, checkpoint.model.config.num_mel_bins)
-        training = Training(checkpoint, corpus, settings, start, lessons)
+        run = Training(checkpoint, corpus, settings, start, lessons)
         task = progress.add_task("distil", total=settings.steps)
 
-        def show(training: Training) -> None:
-            gap = training.curve[-1]
+        def show(run: Training) -> None:
+            gap = run.curve[-1]
             text = f"distil, gap streamed {gap.streamed:.4f} tokens {gap.tokens or 0.0:.4f}"
-            progress.update(task, completed=training.step, description=text)
+            progress.update(task, completed=run.step, description=text)
 
-        training.run(work, show)
-    record = training.write(target)
+        run.run(work, show)
+    record = run.write(target)
     shutil.rmtree(work, ignore_errors=True)
     return record

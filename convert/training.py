@@ -113,21 +113,37 @@ class Run:
 
     def _resume(self, work: Path) -> None:
         """Go on from the checkpoint, if there is one. Raises ModelError if it is damaged, or not of such a run."""
-        path = work / CHECKPOINT
-        if not path.is_file():
+        path, saved = work / CHECKPOINT, read(work)
+        if saved is None:
             return
         try:
-            saved = torch.load(path, weights_only=True)
             is_ours = all(saved.get(key, value) == value for key, value in self.identity().items())
             if is_ours:
                 self.step, self.seconds, self.losses = saved["step"], saved["seconds"], saved["losses"]
                 self.curve = msgspec.json.decode(saved["curve"], type=list[self.point])  # type: ignore[name-defined]
                 self.restore(saved["trained"])
                 self.optimiser.load_state_dict(saved["optimiser"])
-        except Exception as error:  # unpickling alone raises five kinds
-            raise ModelError(f"{path}: is damaged; remove it to begin anew") from error
+        except Exception as error:  # whatever is not as it was written
+            raise damaged(path) from error
         if not is_ours:
             raise ModelError(f"{path}: is of a run with other settings, audio or checkpoint; remove it to begin anew")
+
+
+def read(work: Path) -> dict[str, Any] | None:
+    """The checkpoint that a run has left in `work`, or None. Raises ModelError if it is damaged."""
+    path = work / CHECKPOINT
+    if not path.is_file():
+        return None
+    try:
+        saved: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:  # unpickling alone raises five kinds
+        raise damaged(path) from error
+    return saved
+
+
+def damaged(path: Path) -> ModelError:
+    """What is wrong with a checkpoint that cannot be gone on from."""
+    return ModelError(f"{path}: is damaged; remove it to begin anew")
 
 
 def mean(values: Sequence[float]) -> float:
