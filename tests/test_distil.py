@@ -401,7 +401,9 @@ def test_wrong_audio_and_wrong_checkpoints(capfd, monkeypatch, folder, audio, tm
     replace_with_text(out.with_suffix(".work") / "checkpoint.pt")
     assert "is damaged" in refused(capfd, monkeypatch, folder, "--audio", audio, "--out", out)
     other = tmp_path / "other"  # ... and which adapter was to be trained on
-    sentence = refused(capfd, monkeypatch, folder, "--audio", audio, "--out", f"{other}.safetensors", "--start", SHIPPED)
+    sentence = refused(
+        capfd, monkeypatch, folder, "--audio", audio, "--out", f"{other}.safetensors", "--start", SHIPPED
+    )
     assert "whisper_base.safetensors: was trained for another checkpoint" in sentence
     assert not list(tmp_path.rglob("transcripts.json"))  # hours of work may lie before that point
     assert not out.exists()
