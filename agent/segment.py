@@ -10,7 +10,9 @@ import numpy as np
 from whisperlet.audio import SAMPLES_PER_FRAME, samples
 from whisperlet.logmel import LogMel
 
+from . import rejection
 from .alignment import is_once_through
+from .config import RecogniserConfig
 from .decoding import Hypothesis
 from .messages import SpeechChunk
 
@@ -34,9 +36,11 @@ class Stretch(msgspec.Struct, frozen=True):
     first: int = 0
     said: Sequence[int] = ()
 
-    def is_told_by(self, looks: Sequence[int]) -> bool:
-        """Whether tokens that looked at these frames leave nothing out, and say nothing twice."""
-        return is_once_through(looks, self.first // SAMPLES_PER_FRAME, self.end // SAMPLES_PER_FRAME)
+    def is_misheard(self, hypothesis: Hypothesis, config: RecogniserConfig) -> bool:
+        """Whether words are missing or doubled, and it is worth another look: what is withheld is not."""
+        first, end = self.first // SAMPLES_PER_FRAME, self.end // SAMPLES_PER_FRAME
+        is_kept = rejection.reason(hypothesis, config) is None
+        return hypothesis.looped or (is_kept and not is_once_through(hypothesis.looks, first, end))
 
 
 NOTHING_HEARD = Heard(Hypothesis([], avg_logprob=0.0, no_speech_prob=1.0, looped=False), "", 0.0, 0.0)

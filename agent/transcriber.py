@@ -166,7 +166,8 @@ class Transcriber:
     def _final(self, segment: Segment, end: int) -> Heard:
         if segment.in_advance and segment.in_advance[0] == end:
             return segment.in_advance[1]
-        return self._exact(segment, end) if self.config.final_pass or not self._follower else self._streamed(segment)
+        streamed = None if self.config.final_pass or not self._follower else self._streamed(segment, end)
+        return self._exact(segment, end) if streamed is None or streamed.astray else streamed
 
     def reset(self) -> None:
         """Forget the segment in hand, and the one before."""
@@ -188,8 +189,7 @@ class Transcriber:
         if before is None or before.language != self.language or len(before.tokens) > self._room // 2:
             return None
         most = self.manifest.cross_frames[0] - self._silence(self.language)  # more would take time and memory
-        both = before.together(segment, end, most * SAMPLES_PER_FRAME)
-        if both is None:
+        if (both := before.together(segment, end, most * SAMPLES_PER_FRAME)) is None:
             return None
         heard = self._hear(segment, both, self._windows(both)[0])
         return heard if heard.hypothesis.tokens else None  # the same words again may be taken for an echo
@@ -205,12 +205,11 @@ class Transcriber:
         hypothesis = self._verified(language, segment.draft, stretch.end, stretch.said)
         segment.draft = hypothesis.tokens
         decoded = time.perf_counter()
-        is_kept = rejection.reason(hypothesis, self.config) is None  # what is withheld is not worth another look
-        astray = hypothesis.looped or (is_kept and not stretch.is_told_by(hypothesis.looks))
+        astray = stretch.is_misheard(hypothesis, self.config)
         return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded), astray=astray)
 
-    def _streamed(self, segment: Segment) -> Heard:
-        """What the stream makes of the segment with some silence after it."""
+    def _streamed(self, segment: Segment, end: int) -> Heard:
+        """What the stream makes of the segment with some silence after it; it may have stopped half-way."""
         assert self._follower is not None
         began = time.perf_counter()
         n_silent = SAMPLES_PER_FRAME * (self._silence(self.language) + self._follower.width)
@@ -222,7 +221,8 @@ class Transcriber:
         language = self.language or segment.language or self._detect()
         hypothesis = self._verified(language, segment.draft, segment.logmel.n_samples)
         decoded = time.perf_counter()
-        return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded))
+        astray = Stretch(segment.logmel, end).is_misheard(hypothesis, self.config)
+        return Heard(hypothesis, language, 1e3 * (encoded - began), 1e3 * (decoded - encoded), astray=astray)
 
     def _verified(self, language: str, draft: list[int], end: int, said: Sequence[int] = ()) -> Hypothesis:
         """What the decoder says about the audio that it looks at, after what was said of it before."""

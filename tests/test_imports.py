@@ -48,7 +48,7 @@ ALLOWED = {
     "drafting": {"alignment", "decoding", "guess", "preference", "reader", "terms"},
     "rejection": {"decoding"},
     "follower": {"alignment", "drafting", "engine", "terms"},
-    "segment": {"alignment", "decoding"},
+    "segment": {"alignment", "decoding", "rejection"},
     "transcriber": {
         "decoding",
         "engine",

@@ -207,6 +207,16 @@ def test_a_final_may_be_what_the_stream_has_come_to():
     assert len(engine.steps) > n_steps
 
 
+@pytest.mark.parametrize(("frame", "windows"), [(100, []), (60, [1500])])
+def test_the_final_pass_is_not_left_out_where_the_stream_left_speech_out(frame, windows):
+    engine = ScriptedEngine("a")
+    engine.frames = [frame]  # of 200, of which 120 in a row may be silent
+    talk = Talk(engine, final_pass=False)
+    talk.hear(np.concatenate([SPEECH, SPEECH]), is_voiced=True)
+    assert talk.end_here().text == "a"
+    assert engine.windows[:1] == windows
+
+
 def test_the_stream_itself_takes_in_the_longest_segment():
     engine = ScriptedEngine("a")
     talk = Talk(engine, final_pass=False)
