@@ -147,7 +147,7 @@ class Transcriber:
     def finish(self) -> Transcript:
         """The final of the segment whose last chunk has been fed, which equals an offline decode of its speech.
 
-        One that follows another soon is heard with it. With `final_pass = false` it is what the stream has come to.
+        One that follows another soon is heard with it. `final_pass = false`: the stream's, unless speech is left out.
         """
         segment = self._segment
         assert segment is not None, "nothing was fed"

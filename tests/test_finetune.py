@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
 from test_manifests import read_rows, write_rows, write_set
+from test_recipe import PLAIN
 
 from convert import finetune, manifests, model, speechset, tables, trainer
 from convert.augment import Augmentation
@@ -312,10 +313,7 @@ def test_two_processes_share_the_work_and_one_writes(make, folder, tmp_path):
     assert model.load(str(out)).multilingual
 
 
-RECIPE = """
-source = "{folder}"
-
-[[stages]]
+STAGE = """[[stages]]
 stage = "finetune"
 train = [{{ path = "{train}" }}]
 dev = [{{ path = "{dev}" }}]
@@ -323,23 +321,15 @@ batch = 2
 accumulation = 1
 epochs = 1
 silence = 10
-
-[[stages]]
-stage = "export"
-
-[[stages]]
-stage = "quantise"
-
-[[stages]]
-stage = "package"
-silence_frames = {{ default = 10 }}
 """
 
 
 @pytest.mark.slow
 def test_accelerate_launches_the_command(sets, folder, tmp_path):
     recipe, out = tmp_path / "toy.toml", tmp_path / "out"
-    recipe.write_text(RECIPE.format(folder=folder, train=sets["train"][0].path, dev=sets["dev"][0].path))
+    stage = STAGE.format(train=sets["train"][0].path, dev=sets["dev"][0].path)
+    plain = PLAIN.replace("pypi:whisper-base", str(folder))
+    recipe.write_text(plain.replace("[[stages]]", f"{stage}[[stages]]", 1))
     accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
     done = subprocess.run(
         [*accelerate, "-m", "convert", "finetune", str(recipe), "--out", str(out)],
