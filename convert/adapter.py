@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # every matr
 SHIPPED = "adapters"  # folder of this package
 SUFFIX = ".safetensors"
 ENCODER = "encoder_sha256"  # of what an adapter was trained beside; older files have only the whole checkpoint's
+PADDING = "padding"  # frames of silence after a step that an adapter was taught with; older files do not say
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # how peft ends the names of a pair
 
 
@@ -66,10 +67,16 @@ def restore(encoder: Any, tensors: dict[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(encoder, tensors)
 
 
-def save(path: Path, encoder: Any, *, rank: int, alpha: int, source_sha256: str) -> None:
+def save(path: Path, encoder: Any, *, rank: int, alpha: int, padding: int, source_sha256: str) -> None:
     """Write the adapter in half precision, with what it fits to, whole or not at all."""
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in state(encoder).items()}
-    metadata = {"rank": str(rank), "alpha": str(alpha), "source_sha256": source_sha256, ENCODER: hash_encoder(encoder)}
+    metadata = {
+        "rank": str(rank),
+        "alpha": str(alpha),
+        PADDING: str(padding),
+        "source_sha256": source_sha256,
+        ENCODER: hash_encoder(encoder),
+    }
     with disk.replacing(path) as partial:
         save_file(tensors, partial, metadata)
 
@@ -126,7 +133,7 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        int(metadata["rank"]), int(metadata["alpha"]), metadata["source_sha256"]
+        int(metadata["rank"]), int(metadata["alpha"]), metadata["source_sha256"], int(metadata.get(PADDING, 0))
         return metadata, {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise ModelError(f"{path}: is not an adapter, or is damaged: {error}") from None
@@ -137,6 +144,27 @@ def fits(metadata: dict[str, str], encoder: Any, source_sha256: str) -> bool:
     if ENCODER in metadata:
         return metadata[ENCODER] == hash_encoder(encoder)
     return metadata["source_sha256"] == source_sha256
+
+
+def check(path: Path, encoder: Any, source_sha256: str, padding: int, changing: Sequence[str]) -> None:
+    """Whether a stored adapter suits a recipe, before its stages take their time.
+
+    `padding` is what the bundle will stream with, `changing` the stages that change the encoder. Raises ModelError.
+    """
+    metadata, _ = read(path)
+    if int(metadata.get(PADDING, padding)) != padding:
+        raise ModelError(
+            f"{path}: was taught to stream with {metadata[PADDING]} frames of silence after a step, and the recipe's "
+            f"export has stream_padding = {padding}: give both the same"
+        )
+    is_ours = fits(metadata, encoder, source_sha256)
+    if changing and is_ours:
+        raise ModelError(
+            f"{path}: was trained for the source's encoder, which {changing[0]} changes; train one for its result, "
+            "see `distil`, or leave the adapter out"
+        )
+    if not changing and not is_ours:
+        raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
 
 
 def checked(path: Path, encoder: Any, source_sha256: str) -> tuple[int, int, dict[str, torch.Tensor]]:

@@ -194,9 +194,9 @@ class Training(Run):
 
     def write(self, target: Path) -> Record:
         """The adapter and, beside it, how it came about."""
-        settings = self.settings
-        sha256 = self.checkpoint.sha256
-        adapter.save(target, self.encoder, rank=settings.rank, alpha=settings.alpha, source_sha256=sha256)
+        settings, sha256 = self.settings, self.checkpoint.sha256
+        shape = {"rank": settings.rank, "alpha": settings.alpha, "padding": settings.padding}
+        adapter.save(target, self.encoder, **shape, source_sha256=sha256)
         record = Record(
             file=target.name,
             source=self.checkpoint.source,

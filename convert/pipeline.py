@@ -99,8 +99,8 @@ class Build:
         with self.step("load"):
             self.checkpoint = model.load(self.recipe.source)
             self.source_sha256 = self.checkpoint.sha256
+        self._check_adapter()
         if recipes.model_stages(self.recipe):
-            self._check_adapter()
             self.checkpoint = self.chain.run(self.checkpoint)
         with self.step("fold"):
             beside = self._adapt()
@@ -113,16 +113,14 @@ class Build:
         stage = recipes.adapter(self.recipe)
         if stage is None:
             return
-        path, encoder = adapter.find(stage.file), self.checkpoint.model.model.encoder
-        is_ours = adapter.fits(adapter.read(path)[0], encoder, self.source_sha256)
         changing = [stages.tag(stage) for stage in recipes.model_stages(self.recipe) if not stage.keeps_encoder]
-        if changing and is_ours:
-            raise ModelError(
-                f"{path}: was trained for the source's encoder, which {changing[0]} changes; train one for its result, "
-                "see `distil`, or leave the adapter out"
-            )
-        if not changing and not is_ours:
-            raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
+        adapter.check(
+            adapter.find(stage.file),
+            self.checkpoint.model.model.encoder,
+            self.source_sha256,
+            self.stages[0].stream_padding,
+            changing,
+        )
 
     def _adapt(self) -> list[dict[str, LowRank]] | None:
         """Merge the recipe's adapter into the encoder, or return it; the checkpoint's hash stays its source's."""

