@@ -49,7 +49,9 @@ def plain():
 
 @pytest.fixture
 def path(tmp_path):
-    adapter.save(tmp_path / "toy.safetensors", attached(), rank=RANK, alpha=ALPHA, padding=PADDING, source_sha256=SOURCE)
+    adapter.save(
+        tmp_path / "toy.safetensors", attached(), rank=RANK, alpha=ALPHA, padding=PADDING, source_sha256=SOURCE
+    )
     return tmp_path / "toy.safetensors"
 
 

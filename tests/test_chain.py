@@ -110,7 +110,9 @@ def taught(checkpoint, tmp_path):
     source = model.load(str(checkpoint))
     adapter.attach(source.model.model.encoder, 4, 8)
     path = tmp_path / "mine.safetensors"
-    adapter.save(path, source.model.model.encoder, rank=4, alpha=8, padding=toy.STREAMS[0].padding, source_sha256=source.sha256)
+    adapter.save(
+        path, source.model.model.encoder, rank=4, alpha=8, padding=toy.STREAMS[0].padding, source_sha256=source.sha256
+    )
     return Adapter(file=str(path))
 
 
@@ -129,7 +131,9 @@ def test_an_adapter_that_will_not_fit_is_refused_before_anything_is_run(checkpoi
     source.model.model.encoder.layer_norm.bias += 1
     adapter.attach(source.model.model.encoder, 4, 8)
     other = tmp_path / "other.safetensors"
-    adapter.save(other, source.model.model.encoder, rank=4, alpha=8, padding=toy.STREAMS[0].padding, source_sha256=source.sha256)
+    adapter.save(
+        other, source.model.model.encoder, rank=4, alpha=8, padding=toy.STREAMS[0].padding, source_sha256=source.sha256
+    )
     with pytest.raises(ModelError, match="was trained for another checkpoint than this one"):
         loaded(checkpoint, tmp_path, TRIM, Adapter(file=str(other)))
     assert not cache.exists()
