@@ -52,7 +52,7 @@ class RecogniserConfig(Section, frozen=True):
     """How speech becomes text."""
 
     bundle: str | None = None  # path of the .tflite
-    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # those that wait for each other wait awake
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # of the engine; a second one spins while it waits
     weight_cache_dir: str | None = None  # None: $XDG_CACHE_HOME/whisperlet
     language: str = "en"  # as Whisper spells it, or "auto"
     partials: bool = True

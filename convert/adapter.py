@@ -146,6 +146,11 @@ def fits(metadata: dict[str, str], encoder: Any, source_sha256: str) -> bool:
     return metadata["source_sha256"] == source_sha256
 
 
+def _check_fit(path: Path, metadata: dict[str, str], encoder: Any, source_sha256: str) -> None:
+    if not fits(metadata, encoder, source_sha256):
+        raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
+
+
 def check(path: Path, encoder: Any, source_sha256: str, padding: int, changing: Sequence[str]) -> None:
     """Whether a stored adapter suits a recipe, before its stages take their time.
 
@@ -157,14 +162,13 @@ def check(path: Path, encoder: Any, source_sha256: str, padding: int, changing: 
             f"{path}: was taught to stream with {metadata[PADDING]} frames of silence after a step, and the recipe's "
             f"export has stream_padding = {padding}: give both the same"
         )
-    is_ours = fits(metadata, encoder, source_sha256)
-    if changing and is_ours:
+    if not changing:
+        _check_fit(path, metadata, encoder, source_sha256)
+    elif fits(metadata, encoder, source_sha256):
         raise ModelError(
             f"{path}: was trained for the source's encoder, which {changing[0]} changes; train one for its result, "
             "see `distil`, or leave the adapter out"
         )
-    if not changing and not is_ours:
-        raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
 
 
 def checked(path: Path, encoder: Any, source_sha256: str) -> tuple[int, int, dict[str, torch.Tensor]]:
@@ -174,8 +178,7 @@ def checked(path: Path, encoder: Any, source_sha256: str) -> tuple[int, int, dic
     """
     metadata, tensors = read(path)
     rank = int(metadata["rank"])
-    if not fits(metadata, encoder, source_sha256):
-        raise ModelError(f"{path}: was trained for another checkpoint than this one; train it anew, see `distil`")
+    _check_fit(path, metadata, encoder, source_sha256)
     if not tensors or not all(rank in tensor.shape and tensor.isfinite().all() for tensor in tensors.values()):
         raise ModelError(f"{path}: is damaged: its tensors are not finite, or not of rank {rank}")
     return rank, int(metadata["alpha"]), tensors

@@ -195,8 +195,8 @@ class Training(Run):
     def write(self, target: Path) -> Record:
         """The adapter and, beside it, how it came about."""
         settings, sha256 = self.settings, self.checkpoint.sha256
-        shape = {"rank": settings.rank, "alpha": settings.alpha, "padding": settings.padding}
-        adapter.save(target, self.encoder, **shape, source_sha256=sha256)
+        rank, alpha, padding = settings.rank, settings.alpha, settings.padding
+        adapter.save(target, self.encoder, rank=rank, alpha=alpha, padding=padding, source_sha256=sha256)
         record = Record(
             file=target.name,
             source=self.checkpoint.source,
