@@ -1,5 +1,7 @@
 """A real Mosquitto on a loopback port, to be killed and started again, and a subscriber that remembers."""
 
+import contextlib
+import random
 import shutil
 import signal
 import socket
@@ -27,9 +29,12 @@ def wait_for(condition, timeout_s=8.0):
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that no outgoing connection gets while its broker is down: those begin at 32768 on Linux, 49152 elsewhere."""
+    while True:
+        port = random.randrange(10_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Broker:
