@@ -190,9 +190,10 @@ class LiteRtEngine(_Passes):
         return logits, attention
 
     def _cross_buffers(self, state: DecoderState, n_cross: int) -> dict[str, Any]:
-        """Buffers of one cross length, in place of those of another: those of 1500 frames take 37 MB."""
+        """Buffers of one cross length. Those of the longest take 37 MB: they and all others take turns."""
         if n_cross not in state.cross:
-            state.cross.clear()
+            if max([n_cross, *state.cross]) == self.manifest.cross_frames[-1]:
+                state.cross.clear()
             signature = self._decode_name(self.manifest.decode_tokens[0], n_cross)
             names = kv_names("cross", self.manifest.dims.n_text_layer)
             state.cross[n_cross] = {n: self._model.create_input_buffer_by_name(signature, n) for n in names}

@@ -188,7 +188,7 @@ class Transcriber:
         before = segment.before
         if before is None or before.language != self.language or len(before.tokens) > self._room // 2:
             return None
-        most = self.manifest.cross_frames[0] - self._silence(self.language)  # more would take time and memory
+        most = windows.joint(self.manifest.cross_frames) - self._silence(self.language)
         if (both := before.together(segment, end, most * SAMPLES_PER_FRAME)) is None:
             return None
         heard = self._hear(segment, both, self._windows(both)[0])

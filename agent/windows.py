@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def joint(lengths: Sequence[int]) -> int:
+    """The longest that two segments may be heard together in: short of the largest, which takes time and memory."""
+    return max((n for n in lengths if n < max(lengths)), default=max(lengths))
+
+
 def to_try(sizes: Sequence[int], n_frames: int) -> list[int]:
     """The smallest of the sizes that takes so many frames, then one of twice that, then the largest."""
     largest = max(sizes)

@@ -56,7 +56,11 @@ def golden_clips() -> list[tuple[str, Pcm16]]:
 
 
 class Probe:
-    """Inputs from real speech: the encoder's from a clip, the decoder's from the reference encoder's output."""
+    """Inputs from real speech: the encoder's from a clip, the decoder's from the reference encoder's output.
+
+    A pass of the decoder as long as the prompt takes that, any other what the checkpoint itself says after it: so the
+    agent asks. Logits after the very first token alone say little else than which language it is, and round worst.
+    """
 
     def __init__(self, whisper: FoldedWhisper, dims: Dims, stage: Export, tokens: list[int]) -> None:
         self.whisper, self.dims, self.stage, self.tokens = whisper, dims, stage, tokens
@@ -69,10 +73,32 @@ class Probe:
             return {**module.examples(), "mel": self.mel(module.n_frames)}
         if isinstance(module, Stream):
             return self._second_step(module)
-        ids = (self.tokens * module.n_tokens)[: module.n_tokens]
-        mask = torch.full((module.n_tokens, self.dims.n_text_ctx), -1e9).triu(1)
-        found = {"tokens": torch.tensor([ids], dtype=torch.int32), "self_mask": mask}
-        return {**module.examples(), **found, **self._cross_state(module.n_cross)}
+        cross = self._cross_state(module.n_cross)
+        if module.n_tokens == len(self.tokens):
+            return {**module.examples(), **cross, **self._at(0, self.tokens)}
+        ids, state = self._said(module.n_tokens, cross)
+        return {**module.examples(), **cross, **state, **self._at(len(self.tokens), ids)}
+
+    def _said(self, n_tokens: int, cross: dict[str, torch.Tensor]) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """The most likely ids after the prompt, one by one, and the state of self-attention before the first of them."""
+        asked, going_on = (self._reference(n, cross) for n in (len(self.tokens), 1))
+        out = asked(**{**asked.examples(), **cross, **self._at(0, self.tokens)})
+        state = {key: value for key, value in out.items() if key.startswith("self_")}
+        ids = [int(out["logits"][0, -1].argmax())]
+        while len(ids) < n_tokens:
+            at = self._at(len(self.tokens) + len(ids) - 1, ids[-1:])
+            out = going_on(**{**going_on.examples(), **cross, **{key: out[key] for key in state}, **at})
+            ids.append(int(out["logits"][0, -1].argmax()))
+        return ids, state
+
+    def _reference(self, n_tokens: int, cross: dict[str, torch.Tensor]) -> Decode:
+        return Decode(self.whisper, self.dims, n_tokens, cross["cross_k_0"].shape[1], {})
+
+    def _at(self, position: int, ids: list[int]) -> dict[str, torch.Tensor]:
+        """Tokens from `position` on, each of which sees itself and all before it."""
+        mask = torch.full((len(ids), self.dims.n_text_ctx), -1e9).triu(position + 1)
+        tokens, first = (torch.tensor(value, dtype=torch.int32) for value in ([ids], [position]))
+        return {"tokens": tokens, "position": first, "self_mask": mask}
 
     def _second_step(self, module: Stream) -> dict[str, torch.Tensor]:
         """A step after one that was committed."""

@@ -35,6 +35,7 @@ from . import (
     quantise,
     reference,
     stages,
+    tokens,
 )
 from . import recipe as recipes
 from .budget import Loss
@@ -164,7 +165,7 @@ class Build:
     def _draft(self) -> Path:
         """A bundle with the model as it is now."""
         draft = self.work / "draft.tflite"
-        bundle.write(draft, self.model, self.manifest(), minified(self.checkpoint.tokenizer_json))
+        bundle.write(draft, self.model, self.manifest(), tokens.deflatable(self.checkpoint.tokenizer_json))
         return draft
 
     def check(self, stage: Export) -> None:
@@ -210,7 +211,7 @@ class Build:
                 parity=[msgspec.to_builtins(row) for row in self.parity],
                 scores={"golden_texts": [msgspec.to_builtins(text) for text in self.texts]},
             )
-            bundle.write(target, self.model, manifest, minified(self.checkpoint.tokenizer_json))
+            bundle.write(target, self.model, manifest, tokens.deflatable(self.checkpoint.tokenizer_json))
         return Report(
             recipe=recipes.as_dict(self.recipe),
             adapter=self.adapter,
@@ -266,11 +267,6 @@ def build(recipe: Recipe, out: Path, console: Console) -> Report:
     if report.precision:
         four_bits.record(report.precision, out, recipe.name)
     return report
-
-
-def minified(tokenizer_json: bytes) -> bytes:
-    """The same JSON without white space."""
-    return msgspec.json.encode(msgspec.json.decode(tokenizer_json))
 
 
 @contextlib.contextmanager

@@ -37,12 +37,12 @@ class Export(Stage, frozen=True, tag="export"):
 
     n_text_ctx: int = 224  # tokens; what Whisper generates at the most
     # Encoder windows, 20 ms each. Each is at most half as long again as the one before, so no more than a third of an
-    # encode is padding; 128 frames (2.6 s) hold a short command with its silence.
-    encode_frames: tuple[int, ...] = (128, 256, 384, 512, 768, 1024, WINDOW_FRAMES)
+    # encode is padding; 256 frames (5.1 s) hold a short command with its silence.
+    encode_frames: tuple[int, ...] = (256, 384, 512, 768, 1024, WINDOW_FRAMES)
     # Lengths of cross-attention: a buffer passes between signatures only where the shapes are equal. Each further
-    # length is kept in memory as well and adds three signatures; 768 frames (19 MB) hold 12 s of speech with their
-    # silence, and a decoder step over 512 takes nearly as long.
-    cross_frames: tuple[int, ...] = (768, WINDOW_FRAMES)
+    # length adds three signatures (150 kB). 768 frames (19 MB) hold 12 s of speech with their silence; most talk between
+    # two pauses is shorter, and a pass over 384 takes a fifth less time.
+    cross_frames: tuple[int, ...] = (384, 768, WINDOW_FRAMES)
     # Tokens in one pass: 1 to go on with, 4 for the prompt, 16 to verify a hypothesis; they take 1.0, 1.2 and 1.6
     # times as long.
     decode_tokens: tuple[int, ...] = (1, 4, 16)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from agent import decoding, engine
 from agent.engine import InterpreterEngine, LiteRtEngine
 from agent.follower import Bound
-from agent.state import cross_mask, self_mask
+from agent.state import DecoderState, cross_mask, self_mask
 from whisperlet.audio import to_float32
 from whisperlet.bundle import Bundle
 from whisperlet.errors import BundleError
@@ -111,6 +111,32 @@ def test_padding_of_the_window_is_hidden(litert):
         buffer.write(kept)
     state.position = 0
     np.testing.assert_allclose(litert.decode(state, TOKENS), expected, atol=TOLERANCE)
+
+
+class Buffers:
+    """A model that only gives buffers, and remembers of which signatures."""
+
+    def __init__(self):
+        self.made = []
+
+    def create_input_buffer_by_name(self, signature, name):
+        self.made.append(signature)
+        return signature, name
+
+
+def test_buffers_of_the_longest_cross_attention_are_kept_by_themselves():
+    """Those of shorter ones stay side by side: a stream and its final take turns at every pause."""
+    runtime = LiteRtEngine.__new__(LiteRtEngine)
+    runtime.manifest = toy.make_manifest(cross_frames=[256, 512, 1500])
+    runtime._model = Buffers()
+    state = DecoderState({}, ({}, {}))
+    kept = []
+    for n_cross in (256, 512, 256, 1500, 1500, 512, 256):
+        runtime._cross_buffers(state, n_cross)
+        kept.append(sorted(state.cross))
+    assert kept == [[256], [256, 512], [256, 512], [1500], [1500], [512], [256, 512]]
+    asked = list(dict.fromkeys(runtime._model.made))
+    assert asked == ["decode_1_256", "decode_1_512", "decode_1_1500"]
 
 
 def test_room(either):

@@ -265,6 +265,23 @@ def test_the_report_of_the_build(toy_folder, toy_bundle):
     assert any(text["reference"] for text in report["texts"])
 
 
+@pytest.mark.parametrize("n_tokens", [1, 16])
+def test_the_decoder_is_probed_with_what_it_says_after_the_prompt(modules, n_tokens):
+    """A pass that goes on takes the state and the ids that one pass over prompt and text would have and say."""
+    module = modules["decode_4_1500"][1]
+    prompt = [toy.SOT, toy.EN, toy.TRANSCRIBE, toy.NO_TIMESTAMPS]
+    probe = parity.Probe(module.whisper, toy.DIMS, stages(toy.recipe(toy.REPOSITORY))[0], prompt)
+    going_on = parity.Decode(module.whisper, toy.DIMS, n_tokens, 1500, module.watched)
+    inputs = probe.inputs(going_on)
+    ids = inputs["tokens"][0].tolist()
+    whole = parity.Decode(module.whisper, toy.DIMS, len(prompt + ids), 1500, module.watched)
+    mask = torch.full((len(prompt + ids), toy.N_TEXT_CTX), -1e9).triu(1)
+    at_once = {"tokens": torch.tensor([prompt + ids], dtype=torch.int32), "position": torch.zeros(1, dtype=torch.int32)}
+    expected = whole(**{**whole.examples(), **inputs, **at_once, "self_mask": mask})["logits"][0]
+    assert ids == expected[len(prompt) - 1 : -1].argmax(-1).tolist()
+    torch.testing.assert_close(going_on(**inputs)["logits"][0], expected[len(prompt) :], atol=1e-3, rtol=1e-3)
+
+
 def test_parity_refuses_another_model(toy_folder, modules):
     """The comparison itself can fail: a checkpoint of which one bias differs is not what the file computes."""
     other = toy.make_model()

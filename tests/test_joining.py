@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import ScriptedEngine
 
-from agent import decoding, transcriber
+from agent import decoding, transcriber, windows
 from agent.config import RecogniserConfig
 from agent.messages import SpeechChunk
 from agent.segment import Before
@@ -100,13 +100,19 @@ def test_nothing_to_join():
 
 
 @pytest.mark.parametrize(("n", "text"), [(1920, "on"), (1921, "we go on")])
-def test_both_have_to_fit_into_the_shortest_cross_attention(n, text):
+@pytest.mark.parametrize("lengths", [[256, 1500], [128, 256, 1500]])
+def test_both_have_to_fit_below_the_longest_cross_attention(n, text, lengths):
     """256 frames of 320 samples, 64 of them silence."""
-    engine, ears = scripted()
+    engine = ScriptedEngine("we go on", cross_frames=lengths)
+    ears = Transcriber(engine, engine.tokenizer, RecogniserConfig())
     first(engine, 2)
     heard(ears, said_at(0, 1, np.resize(SECOND, 50_000)))
     engine.answer = "we go on"
     assert heard(ears, said_at(59_520, 2, np.resize(SECOND, n)))[0].text == text
+
+
+def test_where_there_is_one_cross_attention_both_have_to_fit_into_that():
+    assert windows.joint([1500]) == 1500
 
 
 @pytest.mark.parametrize(("n_before", "n_after"), [(12, 12), (13, 24)])  # of 32 that the decoder holds

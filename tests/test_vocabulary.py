@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import zlib
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from convert import model, reference, vocabulary, words
-from convert.tokens import Bpe
+from convert.tokens import Bpe, deflatable
 from convert.vocabulary import Vocabulary
 from whisperlet.errors import ConfigError, ModelError
 from whisperlet.tokenizer import Tokenizer as DeviceTokenizer
@@ -265,6 +266,22 @@ def test_older_files_write_merges_as_one_string(before):
     chosen = old.choose(dict.fromkeys(old.text, 1.0), 350)
     spelled = [Bpe(bpe.reduced(chosen, set(SPECIAL))[0]).encode(CORPUS) for bpe in (old, new)]
     assert spelled[0] == spelled[1]
+
+
+def test_the_tokenizer_of_a_bundle_says_the_same_in_fewer_bytes(before):
+    written = deflatable(before.tokenizer_json)
+    assert len(zlib.compress(written, 9)) < len(zlib.compress(before.tokenizer_json, 9))
+    one, other = (json.loads(Tokenizer.from_str(text.decode()).to_str()) for text in (before.tokenizer_json, written))
+    assert one == other
+    assert deflatable(written) == written
+
+
+def test_a_merge_that_holds_a_space_is_written_in_two_parts(before):
+    parts = json.loads(before.tokenizer_json)
+    parts["model"]["vocab"]["a b"] = max(parts["model"]["vocab"].values()) + 1
+    parts["model"]["merges"].append(["a b", "c"])
+    parts["model"]["vocab"]["a bc"] = max(parts["model"]["vocab"].values()) + 1
+    assert json.loads(deflatable(json.dumps(parts).encode()))["model"]["merges"] == parts["model"]["merges"]
 
 
 # what a language or a corpus needs
