@@ -29,7 +29,7 @@ def written(folder, text, name="mine.toml"):
 
 
 def test_what_ships_can_be_read():
-    assert {"base_wi8", "tiny_en_wi8"} <= set(recipe.shipped())
+    assert {"base_wi8", "base_en_75mb", "base_en_small", "tiny_en_wi8"} <= set(recipe.shipped())
     for name in recipe.shipped():
         shipped = recipe.load(name)
         assert shipped.name == name
