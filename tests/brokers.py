@@ -30,11 +30,11 @@ def wait_for(condition, timeout_s=8.0):
 
 def free_port():
     """One that no outgoing connection gets while its broker is down: those begin at 32768 on Linux, 49152 elsewhere."""
-    while True:
-        port = random.randrange(10_000, 32_768)
+    for port in random.sample(range(10_000, 32_768), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise OSError("none of 100 ports of the loopback interface can be bound")
 
 
 class Broker:
