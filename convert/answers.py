@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import sublayers
+from . import precision, sublayers
 from .heal import MAX_SILENCE
 from .utterances import Batch, Lessons
 
 
 class Answer(NamedTuple):
-    """Of one utterance, bfloat16."""
+    """Of one utterance; bfloat16, to remember twice as many."""
 
     frames: Tensor  # shape = (n, d_model), its silence included
     hidden: Tensor  # shape = (n_said, d_model)
@@ -41,7 +41,7 @@ class Answers:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the next token. shapes = (n, d_model) -> (n, n_vocab)"""
-        found: Tensor = self.lessons.teacher.model.proj_out(hidden)
+        found: Tensor = self.lessons.teacher.model.proj_out(hidden.float())
         return found
 
     def _of(self, clip: Tensor) -> Answer:
@@ -56,7 +56,7 @@ class Answers:
     @torch.no_grad()
     def _ask(self, clips: Sequence[Tensor]) -> Answer:
         teacher, batch = self.lessons.teacher.model, self.lessons.together(clips, MAX_SILENCE)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with precision.autocast():
             frames = sublayers.encode(teacher, batch.power)
             hidden = sublayers.decode(teacher, batch.read, frames)[batch.is_said]
         return Answer(frames[0].bfloat16(), hidden.bfloat16())

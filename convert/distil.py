@@ -25,7 +25,7 @@ from torch import Tensor
 
 from whisperlet.errors import ConfigError, ModelError
 
-from . import adapter, divergence, losses, streaming, training
+from . import adapter, divergence, losses, precision, streaming, training
 from .corpus import Corpus
 from .machine import describe
 from .model import Checkpoint
@@ -118,7 +118,7 @@ class Training(Run):
         """Leaves its gradients on the parameters; the two halves one after the other, for the sake of memory."""
         target, lengths = self._teacher(clips, silence), losses.own_frames(clips, silence)
         power = streaming.pad(list(clips), 2 * target.shape[1])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with precision.autocast():
             frames = self._streamed(power, chunk, overlap)
             steps = divergence.steps(rng, frames.shape[1], self.settings.n_reads)
             tokens = self._tokens_error(clips, silence, target, frames, chunk, steps)
@@ -128,7 +128,7 @@ class Training(Run):
         streamed.backward()
         if not self.settings.whole_weight:
             return float(streamed.detach())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with precision.autocast():
             whole = streaming.full(self.encoder, power)
         short = self.settings.whole_weight * losses.mean_error(whole.float(), target, lengths)
         short.backward()
@@ -155,7 +155,7 @@ class Training(Run):
         """What the encoder makes of whole utterances, as many frames as the student will have."""
         n_frames = max(len(clip) for clip in clips) // 2
         power = streaming.pad(list(clips), 2 * min(n_frames + self.settings.teacher_silence, streaming.MAX_FRAMES))
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), adapter.without(self.encoder):
+        with torch.no_grad(), precision.autocast(), adapter.without(self.encoder):
             return streaming.full(self.encoder, power)[:, : n_frames + silence].float()
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class Training(Run):
         """Of frames as they are committed, of frames with the whole in view, and of tokens after the last step."""
         target, lengths = self._teacher(clips, 64), losses.own_frames(clips, 64)
         power = streaming.pad(list(clips), 2 * target.shape[1])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with precision.autocast():
             frames = self._streamed(power, 15, 40)
             tokens = self._tokens_error(clips, 64, target, frames, 15, [frames.shape[1] - 1])
             whole = streaming.full(self.encoder, power).float()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from . import losses, model, sublayers
+from . import losses, model, precision, sublayers
 from .answers import Answers
 from .heal import Heal
 from .model import Checkpoint
@@ -68,7 +68,7 @@ class Healing(Run):
     def gap(self, batch: Batch, *, is_decoding: bool = True) -> Gap:
         """Between teacher and student, with gradients of the student's."""
         student, answers = self.student.model, self.answers
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with precision.autocast():
             frames = sublayers.encode(student, batch.power)
             error = losses.frame_error(frames[batch.is_own].float(), answers.frames(batch).float()).mean()
             if not is_decoding:

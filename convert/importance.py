@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from . import sublayers
+from . import precision, sublayers
 from .utterances import Batch
 
 
@@ -34,7 +34,7 @@ def fisher(model: Any, batches: Sequence[Batch], advance: Callable[[], None] = l
 
 def spoken_loss(model: Any, batch: Batch, gates: sublayers.Gates | None = None) -> Tensor:
     """Cross-entropy of the transcripts: mean over an utterance's tokens, sum over utterances."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with precision.autocast():
         hidden = sublayers.decode(model, batch.read, sublayers.encode(model, batch.power, gates), gates)
         logits = model.proj_out(hidden)
     losses = F.cross_entropy(logits.float().transpose(1, 2), batch.tokens[:, 1:], reduction="none")
@@ -53,7 +53,7 @@ def moments(model: Any, batches: Sequence[Batch], advance: Callable[[], None] = 
     """Second moments of each sublayer's inner values and a constant. shape of each = (width + 1, width + 1)"""
     found: dict[str, Tensor] = {}
     for batch in batches:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with precision.autocast():
             for sublayer, x, encoded in sublayers.walk(model, batch.power, batch.read):
                 values = sublayer.inner(x, encoded)[batch.is_sampled if encoded is None else batch.is_read]
                 found[sublayer.name] = found.get(sublayer.name, torch.zeros(())) + gram(with_constant(values))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from . import disk, pruned, refit, sensitivity, sublayers
+from . import disk, precision, pruned, refit, sensitivity, sublayers
 from .search import Cut
 from .sensitivity import Row, Sensitivity
 from .sublayers import CROSS, FFN, Sublayer
@@ -30,7 +30,7 @@ class Probe:
         self._streams: list[list[Tensor]] = []
         self._encoded: list[Tensor] = []
         for batch in batches:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with precision.autocast():
                 steps = list(sublayers.walk(model, batch.power, batch.read))
             self._streams.append([x for _, x, _ in steps])
             self._encoded.append(next(encoded for _, _, encoded in reversed(steps) if encoded is not None))
@@ -51,7 +51,7 @@ class Probe:
         """The same for another model."""
         total, n = 0.0, 0
         for batch, said in zip(self.batches, self._said, strict=True):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with precision.autocast():
                 hidden = sublayers.decode(other, batch.read, sublayers.encode(other, batch.power))
                 logits = other.proj_out(hidden[batch.is_said])
             total += float(F.kl_div(logits.float().log_softmax(-1), said, reduction="sum", log_target=True))
@@ -62,7 +62,7 @@ class Probe:
         """Of every token that is said. shape = (n, n_vocab)"""
         batch, model = self.batches[i], self.model
         x, encoded = self._streams[i][first], None if self.row[first].half == "encoder" else self._encoded[i]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with precision.autocast():
             for sublayer in self.row[first:]:
                 if sublayer.half == "decoder" and encoded is None:
                     encoded, x = model.model.encoder.layer_norm(x), sublayers.read(model.model.decoder, batch.read)

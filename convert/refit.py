@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import importance, sublayers
+from . import importance, precision, sublayers
 from .sublayers import Sublayer
 from .utterances import Batch
 
@@ -74,7 +74,7 @@ class Following:
     @torch.no_grad()
     def run(self, advance: Callable[[str], None] = lambda _: None) -> None:
         """Fit every matrix, one after the other. `numbers` are the parent's of the layers that are left, by half."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with precision.autocast():
             encoders = self.parent.model.encoder, self.small.model.encoder
             theirs, ours = ([sublayers.heard(e, batch.power) for batch in self.batches] for e in encoders)
             encoded = self._half("encoder", theirs, ours, None, advance)

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from . import adapter, disk, streaming
+from . import adapter, disk, precision, streaming
 from .finetune import Finetune
 from .lessons import IGNORED, ByLength, Lessons
 
@@ -275,13 +275,6 @@ def arguments(stage: Finetune, work: Path) -> TrainingArguments:
         dataloader_num_workers=N_WORKERS if torch.cuda.is_available() else 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=True,  # gradual unfreezing leaves some without a gradient
-        bf16=precision() == "bf16",
-        fp16=precision() == "fp16",
+        bf16=precision.precision() == torch.bfloat16,
+        fp16=precision.precision() == torch.float16,
     )
-
-
-def precision() -> Literal["bf16", "fp16", "float32"]:
-    """The shortest format that the hardware computes in."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"

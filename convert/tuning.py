@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import msgspec
 import tokenizers
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.progress import Progress
@@ -20,7 +19,20 @@ from transformers import TrainerCallback
 
 from whisperlet.errors import ConfigError
 
-from . import adapter, disk, finetune, greedy, lessons, manifests, model, scoring, spelling, streaming, trainer
+from . import (
+    adapter,
+    disk,
+    finetune,
+    greedy,
+    lessons,
+    manifests,
+    model,
+    precision,
+    scoring,
+    spelling,
+    streaming,
+    trainer,
+)
 from .augment import Augmenter, heard
 from .finetune import Finetune
 from .lessons import Lessons, Plan
@@ -33,7 +45,6 @@ Sets = dict[str, dict[str, float | None]]  # error rate in percent, by "test" or
 
 
 SPELT_AT_ONCE = 128  # recordings, before what was found is kept
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}  # torch's names
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -123,8 +134,9 @@ class Tuning:
     def _heard(self, batch: Sequence[Utterance], change: Augmenter | None) -> list[str]:
         n_mels = self.whisper.config.num_mel_bins
         clips = [(streaming.log_power(heard(one, change), n_mels), one.language) for one in batch]
-        dtype = getattr(torch, DTYPES[trainer.precision()])
-        rows = greedy.transcribe(self.whisper, self.checkpoint.generation, clips, self.stage.silence, dtype)
+        rows = greedy.transcribe(
+            self.whisper, self.checkpoint.generation, clips, self.stage.silence, precision.precision()
+        )
         return [self.tokenizer.decode(row).strip() for row in rows]
 
     def _rate(self, what: str, utterances: Sequence[Utterance], change: Augmenter | None) -> float | None:
@@ -224,7 +236,7 @@ class Tuning:
             "mode": self.stage.mode,
             "parameters": self.n_trained,
             "processes": self.processes.num_processes,
-            "precision": trainer.precision(),
+            "precision": str(precision.precision()).removeprefix("torch."),
             "recordings": {name: len(some) for name, some in self.sets.items()},
             "resampled": {name: rates for name, some in self.sets.items() if (rates := manifests.resampled(some))},
             "machine": describe(),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from whisperlet.errors import ConfigError
 
-from . import disk, greedy, losses, streaming, sublayers
+from . import disk, greedy, losses, precision, streaming, sublayers
 from .corpus import HELD_OUT_SIZE, Corpus
 from .model import Checkpoint
 from .speechset import Source
@@ -180,12 +180,12 @@ def transcribe(checkpoint: Checkpoint, clips: Sequence[Tensor], language: str) -
     """
     model, g = checkpoint.model, checkpoint.generation
     n_frames = min(max(len(clip) for clip in clips) // 2 + SILENCE, streaming.MAX_FRAMES)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with precision.autocast():
         encoded = sublayers.encode(model, streaming.pad(list(clips), 2 * n_frames))
     prompts = _prompts(checkpoint, encoded.float(), language)
     # In half precision by itself: a token at a time, it is memory that takes the time, or casting weights.
-    decoder = copy.deepcopy(model.model.decoder).bfloat16()
-    rows = greedy.say(decoder, prompts, encoded.bfloat16(), g, min(MAX_TOKENS, 8 + n_frames // FRAMES_A_TOKEN))
+    decoder = copy.deepcopy(model.model.decoder).to(dtype := precision.processor_precision())
+    rows = greedy.say(decoder, prompts, encoded.to(dtype), g, min(MAX_TOKENS, 8 + n_frames // FRAMES_A_TOKEN))
     return [[*prompt, *row] if row[-1] == g.eot else None for prompt, row in zip(prompts.tolist(), rows, strict=True)]
 
 
