@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
 import signal
 import sys
 import threading
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-import typer
-from rich.console import Console
 
 from whisperlet.bundle import Bundle, open_bundle
 from whisperlet.errors import ConfigError, WhisperletError
@@ -29,27 +29,10 @@ from .messages import SpeechChunk, Transcript
 from .sources import Source, open_source, paced
 from .supervisor import EngineLost, Supervisor
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="TOML file; firmware_config/agent.toml has every key.")
-]
-BundleOption = Annotated[str | None, typer.Option("--bundle", help="The .tflite bundle; overrides recogniser.bundle.")]
 FINAL_TIMEOUT_S = 3600.0
 
 
-@app.callback()
-def _about() -> None:
-    """Hear speech, publish words."""
-
-
-@app.command()
-def run(
-    config: ConfigOption = None,
-    source: Annotated[str, typer.Option(help="mic, - (raw 16 kHz PCM on standard input), a file or a folder.")] = "mic",
-    bundle: BundleOption = None,
-    broker: Annotated[str | None, typer.Option(help="mqtt://HOST[:PORT]; overrides mqtt.url.")] = None,
-    pace: Annotated[bool, typer.Option("--pace", help="Play files in real time.")] = False,
-) -> None:
+def run(*, config: Path | None, bundle: str | None, broker: str | None, source: str, pace: bool) -> int:
     """Listen, recognise, publish over MQTT, until the source ends or a signal comes."""
     from .pipeline import Pipeline  # and with it all that talks to a broker, which the other commands do without
 
@@ -66,17 +49,10 @@ def run(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: pipeline.stop())
     pipeline.run(realtime=pace or source == "mic")
-    if pipeline.controls.is_restart_asked:
-        raise typer.Exit(RESTART_STATUS)
+    return RESTART_STATUS if pipeline.controls.is_restart_asked else 0
 
 
-@app.command()
-def transcribe(
-    files: Annotated[list[Path], typer.Argument(help="Audio files.")],
-    bundle: BundleOption = None,
-    config: ConfigOption = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a file.")] = False,
-) -> None:
+def transcribe(*, config: Path | None, bundle: str | None, files: list[Path], json: bool) -> int:
     """Print what is said in audio files; no broker."""
     settings = configs.load(config, {"recogniser.bundle": bundle, "recogniser.partials": False})
     opened = opened_bundle(settings)
@@ -91,18 +67,15 @@ def transcribe(
             _print_file(file, finals, as_json=json)
     finally:
         engine.stop()
+    return 0
 
 
-@app.command()
 def doctor(
-    config: ConfigOption = None,
-    bundle: BundleOption = None,
-    broker: Annotated[str | None, typer.Option(help="mqtt://HOST[:PORT]; overrides mqtt.url.")] = None,
-    microphone: Annotated[bool, typer.Option(help="Listen; the service must be stopped for it.")] = True,
-    listen_s: Annotated[float, typer.Option(min=0.5, max=60, help="For how many seconds.")] = 3.0,
-    json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
-) -> None:
+    *, config: Path | None, bundle: str | None, broker: str | None, microphone: bool, listen_s: float, json: bool
+) -> int:
     """Say what is wrong with this device, and what to change. Exit code 0: nothing; 1: warnings; 2: something fails."""
+    from rich.console import Console
+
     from . import doctor as doctors
 
     overrides = {"recogniser.bundle": bundle, "mqtt.url": broker}
@@ -113,7 +86,7 @@ def doctor(
         print(doctors.as_json(findings))
     else:
         doctors.print_table(findings, Console(width=None if sys.stdout.isatty() else 160))
-    raise typer.Exit(doctors.exit_code(findings))
+    return doctors.exit_code(findings)
 
 
 def _hear_file(source: Source, settings: Config, engine: Supervisor) -> None:
@@ -157,16 +130,63 @@ def cache_dir(settings: Config) -> Path:
     return Path(chosen) if chosen else default_cache_dir()
 
 
+def parser() -> ArgumentParser:
+    """The command line. argparse's: what more comfortable packages load takes 18 MB and 0.15 s of the device."""
+    settings = ArgumentParser(add_help=False)
+    settings.add_argument("--config", metavar="FILE", type=Path, help="TOML; firmware_config/agent.toml has every key")
+    settings.add_argument("--bundle", metavar="FILE", help="the .tflite bundle; overrides recogniser.bundle")
+    publishing = ArgumentParser(add_help=False)
+    publishing.add_argument("--broker", metavar="URL", help="mqtt://HOST[:PORT]; overrides mqtt.url")
+    as_json = ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="for a program")
+
+    top = ArgumentParser(prog="whisperlet-agent", description="Hear speech, publish words.", allow_abbrev=False)
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(command: Callable[..., int], *parents: ArgumentParser) -> ArgumentParser:
+        about = (command.__doc__ or "").partition("\n")[0]
+        one = commands.add_parser(
+            command.__name__, help=about, description=about, parents=[settings, *parents], allow_abbrev=False
+        )
+        one.set_defaults(command=command)
+        return one
+
+    running = add(run, publishing)
+    running.add_argument(
+        "--source", default="mic", help="mic, - (raw 16 kHz PCM on standard input), a file or a folder; default: mic"
+    )
+    running.add_argument("--pace", action="store_true", help="play files in real time")
+    add(transcribe, as_json).add_argument("files", metavar="FILE", nargs="+", type=Path, help="audio")
+    examining = add(doctor, publishing, as_json)
+    examining.add_argument(
+        "--microphone", action=BooleanOptionalAction, default=True, help="listen; the service must be stopped for it"
+    )
+    examining.add_argument(
+        "--listen-s", metavar="S", type=_listening_s, default=3.0, help="for how many seconds, 0.5 to 60; default: 3"
+    )
+    return top
+
+
+def _listening_s(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0.5 <= (value := float(text)) <= 60:
+            return value
+    raise ArgumentTypeError("must be a number from 0.5 to 60")
+
+
 def main() -> None:
     """Run the command; what a user can mend ends with one sentence and exit code 2."""
     faulthandler.enable(sys.__stderr__ or sys.stderr)  # says where each thread was when systemd's watchdog ends us
     threading.excepthook = logs.log_fault
     try:
         logs.set_up(LogConfig())
-        app()
+        options = vars(parser().parse_args())
+        sys.exit(options.pop("command")(**options))
     except (WhisperletError, EngineLost) as error:
         print(f"whisperlet-agent: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, WhisperletError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except Exception:
         logging.getLogger(__name__).critical("ended by a fault of its own", exc_info=True)
         sys.exit(1)

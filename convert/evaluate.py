@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
@@ -27,6 +28,7 @@ from .speechset import NO_LANGUAGE, Clip
 from .spending import Spending
 
 FINAL_TIMEOUT_S = 120.0
+log = logging.getLogger(__name__)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +56,10 @@ def evaluate_bundle(
     return [by_id[clip.id] for clip in clips], usage
 
 
+def _complain(name: str, detail: str) -> None:
+    log.warning("%s: %s", name, detail)
+
+
 def _config(language: str, options: Options) -> RecogniserConfig:
     return RecogniserConfig(
         language="auto" if options.detect_language else language,
@@ -71,7 +77,7 @@ class _EngineRun:
     """An engine process of the agent with a collector of what it says, and a note of what it used."""
 
     def __init__(self, bundle: Path, config: RecogniserConfig, usage: Usage) -> None:
-        self._supervisor = Supervisor(bundle, config, default_cache_dir(), self._collect, lambda _name, _detail: None)
+        self._supervisor = Supervisor(bundle, config, default_cache_dir(), self._collect, _complain)
         self._usage = usage
         self._finals: list[tuple[Transcript, float]] = []  # with the monotonic time at which each was handed over
         self.first_word_s: float | None = None  # monotonic, when the clip's first partial with text came
@@ -93,12 +99,16 @@ class _EngineRun:
         elif transcript.text and self.first_word_s is None:
             self.first_word_s = now_s
 
-    def hear(self, chunks: Iterable[SpeechChunk]) -> list[tuple[Transcript, float]]:
-        """Finals of a clip's chunks, in order, with the times at which they came."""
+    def hear(self, chunks: Iterable[SpeechChunk], *, wait: bool) -> list[tuple[Transcript, float]]:
+        """Finals of a clip's chunks, in order, with the times at which they came.
+
+        Without `wait` an engine that is minutes behind leaves speech out, as on a device.
+        """
         self._n_clips += 1
         self._finals, self.first_word_s = [], None
         for chunk in chunks:
-            self._supervisor.submit(msgspec.structs.replace(chunk, utterance=1000 * self._n_clips + chunk.utterance))
+            chunk = msgspec.structs.replace(chunk, utterance=1000 * self._n_clips + chunk.utterance)  # noqa: PLW2901
+            self._supervisor.submit(chunk, wait=wait)
         if not self._supervisor.drain(FINAL_TIMEOUT_S):
             raise ConfigError(f"the engine gave no final within {FINAL_TIMEOUT_S:g} s")
         self._spending.sample()
@@ -108,7 +118,7 @@ class _EngineRun:
 def _scored(clip: Clip, run: _EngineRun, options: Options) -> Scored:
     pcm = read_file(clip.audio)
     playback = Playback(pcm, options.vad, segment=options.segment, pace=options.pace)
-    finals = run.hear(playback)
+    finals = run.hear(playback, wait=not options.pace)
     last, arrived_s = finals[-1] if finals else (None, 0.0)
     plain = _unheard(clip, seconds(len(pcm)), last.language if last else _language(clip))
     return msgspec.structs.replace(
@@ -196,4 +206,4 @@ def reference_texts(checkpoint: Checkpoint, clips: Sequence[Pcm16], language: st
 def bundle_texts(bundle: Path, clips: Sequence[Pcm16], language: str) -> list[str]:
     """What a bundle hears in each clip."""
     with _EngineRun(bundle, RecogniserConfig(language=language, partials=False), Usage()) as run:
-        return [" ".join(final.text for final, _ in run.hear(Playback(pcm, VadConfig()))) for pcm in clips]
+        return [" ".join(final.text for final, _ in run.hear(Playback(pcm, VadConfig()), wait=True)) for pcm in clips]

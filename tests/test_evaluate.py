@@ -74,7 +74,7 @@ def test_no_manifest(tmp_path):
         speechset.read(tmp_path)
 
 
-def test_the_sets_that_came_with_the_task(speech_dir):
+def test_the_sets_of_recordings_can_be_read(speech_dir):
     for name in ("en_read_dev", "zh_read", "en_commands"):
         assert speechset.read(speech_dir / name, 5)
 
@@ -169,6 +169,14 @@ def test_evaluate(run, tmp_path, toy_path, toy_bundle, litert):
     assert f"{os.cpu_count()} x " in found["machine"]
     assert found["threads"] == 1
     assert found["model"] == "toy.tflite"
+
+
+def test_a_clip_of_minutes_waits_for_the_engine(tmp_path, toy_path, monkeypatch, caplog):
+    """Its segments come at once, more than the agent keeps for an engine that is behind."""
+    folder = speech_set(tmp_path, ("a", np.tile(LOUD, 4), None))
+    monkeypatch.setattr(evaluate, "_config", lambda language, _: RecogniserConfig(language=language, max_backlog_s=30))
+    evaluate.evaluate_bundle(toy_path, speechset.read(folder), evaluate.Options())
+    assert "speech_dropped" not in caplog.text
 
 
 def test_clips_of_several_languages_keep_their_order(run, tmp_path, toy_path, toy_bundle, litert):

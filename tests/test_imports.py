@@ -124,6 +124,11 @@ def test_the_device_never_loads_what_belongs_to_the_workstation(module):
     assert not loaded_by(f"agent.{module}") & WORKSTATION
 
 
+def test_the_service_loads_nothing_that_makes_output_beautiful():
+    """Memory that every device would pay for: typer, for one, imports pydantic."""
+    assert not loaded_by("agent.__main__, agent.pipeline, agent.worker") & {"typer", "click", "pydantic", "rich"}
+
+
 @pytest.mark.parametrize("module", sorted(path.stem for path in (REPOSITORY / "whisperlet").glob("*.py")))
 def test_the_shared_part_loads_neither_side(module):
     assert not loaded_by(f"whisperlet.{module}") & (WORKSTATION | {"agent", "ai_edge_litert", "tflite_runtime"})
