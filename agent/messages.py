@@ -76,6 +76,7 @@ class Transcript(msgspec.Struct, frozen=True, tag=True):
     no_speech_prob: float = 0.0  # 0 to 1
     encode_ms: float = 0.0
     decode_ms: float = 0.0
+    n_attempts: int = 1  # to hear it: more where a text left speech out, or went round
     speech_end_monotonic_s: float | None = None  # see SpeechChunk
     decided_monotonic_s: float | None = None  # see SpeechChunk
 

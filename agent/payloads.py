@@ -101,6 +101,7 @@ class TranscriptPayload(Payload, frozen=True):
     end_to_final_ms: Annotated[float, Meta(ge=0, description="since the last voiced sample, ms")] | None
     encode_ms: Milliseconds
     decode_ms: Milliseconds
+    n_attempts: Annotated[int, Meta(ge=1, description="to hear it: more where a text left speech out, or went round")]
 
 
 class EventPayload(Payload, frozen=True):
@@ -134,6 +135,7 @@ class CounterValues(Payload, frozen=True):
 
     finals: Total
     partials: Total
+    reheard_finals: Annotated[int, Meta(ge=0, description="heard more than once; since the agent started")]
     events: Total
     restored_messages: dict[str, Total]  # by kind: left in the outbox by an earlier run
     stored_messages: dict[str, Total]  # by kind: that the outbox accepted
@@ -236,6 +238,7 @@ def _transcript_payload(
         end_to_final_ms=_elapsed_ms(transcript.speech_end_monotonic_s, now_monotonic_s),
         encode_ms=transcript.encode_ms,
         decode_ms=transcript.decode_ms,
+        n_attempts=transcript.n_attempts,
     )
 
 

@@ -18,7 +18,7 @@ from .messages import SpeechChunk
 
 
 class Heard(msgspec.Struct, frozen=True):
-    """One look at the audio."""
+    """What was heard in the audio, in one attempt or several."""
 
     hypothesis: Hypothesis
     language: str
@@ -26,6 +26,17 @@ class Heard(msgspec.Struct, frozen=True):
     decode_ms: float
     stable: int | None = None  # tokens that will not change; None: all
     astray: bool = False  # it repeats itself, or leaves out what was said
+    n_attempts: int = 1
+
+    def after(self, others: Sequence[Heard]) -> Heard:
+        """The same, with the time and the attempts of those that it mends."""
+        together = [self, *others]
+        return msgspec.structs.replace(
+            self,
+            encode_ms=sum(heard.encode_ms for heard in together),
+            decode_ms=sum(heard.decode_ms for heard in together),
+            n_attempts=sum(heard.n_attempts for heard in together),
+        )
 
 
 class Stretch(msgspec.Struct, frozen=True):

@@ -26,6 +26,7 @@ class Counters(msgspec.Struct):
 
     finals: int = 0
     partials: int = 0
+    reheard_finals: int = 0  # heard more than once
     events: int = 0
     engine_restarts: int = 0
     skipped_partials: int = 0  # for lack of time
@@ -86,6 +87,7 @@ class Telemetry:
                 self.counters.partials += 1
                 return
             self.counters.finals += 1
+            self.counters.reheard_finals += transcript.n_attempts > 1
             self._speech_s += seconds(transcript.end_samples - transcript.start_samples)
             if transcript.finalise_ms is not None:
                 self._finalise_ms.append(transcript.finalise_ms)

@@ -166,8 +166,10 @@ class Transcriber:
     def _final(self, segment: Segment, end: int) -> Heard:
         if segment.in_advance and segment.in_advance[0] == end:
             return segment.in_advance[1]
-        streamed = None if self.config.final_pass or not self._follower else self._streamed(segment, end)
-        return self._exact(segment, end) if streamed is None or streamed.astray else streamed
+        attempts = [] if self.config.final_pass or not self._follower else [self._streamed(segment, end)]
+        if attempts and not attempts[0].astray:
+            return attempts[0]
+        return self._exact(segment, end).after(attempts)
 
     def reset(self) -> None:
         """Forget the segment in hand, and the one before."""
@@ -175,24 +177,25 @@ class Transcriber:
 
     def _exact(self, segment: Segment, end: int) -> Heard:
         """One look at the whole segment, further ones with more silence while that leads astray: it mends most."""
-        heard, own = self._together(segment, end), Stretch(segment.logmel, end)
-        sizes = self._windows(own)
-        while heard is None or (heard.astray and sizes):
-            if heard:
+        own = Stretch(segment.logmel, end)
+        attempts, sizes = self._together(segment, end), self._windows(own)
+        while not attempts or (attempts[-1].astray and sizes):
+            if attempts:
                 segment.draft = []  # leads astray
-            heard = self._hear(segment, own, sizes.pop(0))
-        return heard
+            attempts.append(self._hear(segment, own, sizes.pop(0)))
+        return attempts.pop().after(attempts)
 
-    def _together(self, segment: Segment, end: int) -> Heard | None:
-        """The segment as what follows the one before it; None if there is none, or nothing seems to follow it."""
+    def _together(self, segment: Segment, end: int) -> list[Heard]:
+        """The segment as what follows the one before it; none if there is none. Astray if nothing seems to follow it."""
         before = segment.before
         if before is None or before.language != self.language or len(before.tokens) > self._room // 2:
-            return None
+            return []
         most = windows.joint(self.manifest.cross_frames) - self._silence(self.language)
         if (both := before.together(segment, end, most * SAMPLES_PER_FRAME)) is None:
-            return None
+            return []
         heard = self._hear(segment, both, self._windows(both)[0])
-        return heard if heard.hypothesis.tokens else None  # the same words again may be taken for an echo
+        is_echo = not heard.hypothesis.tokens  # the same words again may be taken for one
+        return [msgspec.structs.replace(heard, astray=True) if is_echo else heard]
 
     def _hear(self, segment: Segment, stretch: Stretch, n_frames: int) -> Heard:
         """Encode a window with the audio and decode what is new in it, verifying the draft."""
@@ -285,6 +288,7 @@ class Transcriber:
             no_speech_prob=hypothesis.no_speech_prob,
             encode_ms=heard.encode_ms,
             decode_ms=heard.decode_ms,
+            n_attempts=heard.n_attempts,
             speech_end_monotonic_s=last.speech_end_monotonic_s if last else None,
             decided_monotonic_s=last.decided_monotonic_s if last else None,
         )

@@ -134,6 +134,7 @@ def test_where_nothing_seems_to_follow_it_is_heard_by_itself():
     (final,) = heard(ears, said_at(20_000, 2))
     assert final.text == "we go on"
     assert engine.windows == [256, 128]
+    assert final.n_attempts == 2
     assert final.no_speech_prob < 0.01
 
 

@@ -62,6 +62,7 @@ def telemetry(**changes):
         counters=payloads.CounterValues(
             finals=1,
             partials=2,
+            reheard_finals=1,
             events=0,
             restored_messages={},
             stored_messages={"final": 1},

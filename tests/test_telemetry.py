@@ -64,6 +64,14 @@ def test_snapshot_covers_an_interval(telemetry):
     assert (after.counters.finals, after.counters.partials) == (1, 1)  # these go on
 
 
+def test_finals_that_were_heard_more_than_once_are_counted(telemetry):
+    for n_attempts in (1, 2, 3):
+        heard = msgspec.structs.replace(HEARD, is_final=True, n_attempts=n_attempts)
+        telemetry.add(final_payload(heard, CLOCK, "s", 0.0))
+    counters = telemetry.snapshot(DELIVERY, 0.0, None).counters
+    assert (counters.finals, counters.reheard_finals) == (3, 2)
+
+
 def test_counters_come_from_everywhere(telemetry):
     telemetry.counters.engine_restarts += 1
     telemetry.counters.dropped_samples += 320

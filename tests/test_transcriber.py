@@ -195,7 +195,8 @@ def test_thresholds_can_be_set():
     for config in ({"no_speech_threshold": 0.95}, {"logprob_threshold": -10.0}):
         ears = make(engine, **config)
         ears.feed(transcriber.whole(SECOND))
-        assert ears.finish().rejected is None
+        assert (heard := ears.finish()).rejected is None
+        assert heard.n_attempts == 1
 
 
 def test_a_loop_is_heard_again_in_larger_windows():
@@ -204,6 +205,7 @@ def test_a_loop_is_heard_again_in_larger_windows():
     ears.feed(transcriber.whole(SECOND))
     final = ears.finish()
     assert engine.windows == [128, 256, 1500]
+    assert final.n_attempts == 3
     assert final.n_tokens == 2  # still one
     engine.windows.clear()
     ears.feed(part(SECOND, segment=1))
