@@ -65,12 +65,9 @@ class StreamState:
             self.committed += self.spec.chunk
 
     def grow(self, n_cross: int) -> None:
-        """Make room for more frames."""
-        for name, tensor in self.cross.items():
-            more = n_cross - self.n_cross
-            width = ((0, 0), (0, more), (0, 0)) if "_k_" in name else ((0, 0), (0, 0), (0, more))
-            self.cross[name] = np.pad(tensor, width)
-        self.n_cross = n_cross
+        """Make room for more frames. What of it is never written takes no memory."""
+        smaller, self.cross, n, self.n_cross = self.cross, _zeros(self._dims, "cross", n_cross), self.n_cross, n_cross
+        _put(self.cross, smaller, 0, n)
 
 
 def _put(state: dict[str, Float32], new: dict[str, Float32], first: int, n: int) -> None:
