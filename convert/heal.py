@@ -70,10 +70,12 @@ class Heal(Stage, frozen=True, kw_only=True, tag="heal"):
 def run(stage: Heal, in_dir: Path, out_dir: Path, progress: Progress) -> StageReport:
     """Train, from where an interrupted run was."""
     from . import model as models
+    from . import training
     from .healing import Healing
     from .utterances import listen
 
     began = time.monotonic()
+    training.read(out_dir / CHECKPOINTS)  # if it is damaged, that is better known before the teacher transcribes
     teacher = models.load_directory(find_teacher(stage, in_dir), "teacher")
     lessons = listen("heal", teacher, stage.sources(), out_dir / CHECKPOINTS, progress)
     healing = Healing(stage, models.load_directory(in_dir, in_dir.name), lessons)

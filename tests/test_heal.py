@@ -1,5 +1,6 @@
 """The stage `heal` on the toy: it closes the gap to its teacher, goes on after a kill, and says what is wrong."""
 
+import random
 import shutil
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from test_corpus import write
 from test_prune import save_toy
 
 from convert import heal, model, prune, pruned
+from convert.answers import Answers
 from convert.corpus import Corpus
 from convert.heal import Heal
 from convert.healing import Healing
@@ -150,6 +152,14 @@ def test_a_checkpoint_of_another_run_is_refused(folder, audio, work):
         heal.run(stage(audio, steps=13), folder, work, progress())
 
 
+def test_a_damaged_checkpoint_is_found_before_the_teacher_transcribes(folder, audio, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint.pt").write_bytes(b"cut off")
+    with pytest.raises(ModelError, match=r"checkpoint\.pt: is damaged; remove it to begin anew$"):
+        heal.run(stage(audio), folder, tmp_path, progress())
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["checkpoint.pt"]
+
+
 def test_without_a_teacher(folder, audio, tmp_path):
     alone = shutil.copytree(folder, tmp_path / "alone", ignore=shutil.ignore_patterns(prune.TEACHER))
     with pytest.raises(ConfigError, match="nobody to learn from"):
@@ -181,3 +191,42 @@ def test_the_error_is_of_the_tokens_that_are_said(folder, audio):
     with torch.no_grad():
         gaps = [run.gap(x) for x in (batch, padded)]
     assert float(gaps[0].tokens) == pytest.approx(float(gaps[1].tokens), rel=1e-2)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.5, 2.0, 3.0)])
+def test_each_error_counts_by_its_weight_and_teaches_the_encoder(folder, audio, weights):
+    names = ("frames", "hidden", "tokens")
+    run = a_healing(folder, audio, **{f"{name}_weight": weight for name, weight in zip(names, weights, strict=True)})
+    run.step = run.settings.encoder_steps
+    batch = run.lessons.batch(rng := random.Random(3), run.settings.batch_frames, rng.randint(*run.settings.silence))
+    with torch.no_grad():
+        gap = run.gap(batch)
+    expected = sum(weight * float(getattr(gap, name)) for name, weight in zip(names, weights, strict=True))
+    rng = random.Random(3)
+    run.lessons.batch = lambda *_: batch
+    assert run.loss(rng) == pytest.approx(expected, rel=1e-3)
+    taught = [p for name, p in run.named.items() if "encoder" in name and name.endswith("fc1.weight")]
+    assert all(p.grad is not None and p.grad.any() for p in taught)
+
+
+def test_the_silence_after_an_utterance_varies(folder, audio, monkeypatch):
+    run, drawn = a_healing(folder, audio, encoder_steps=12), []
+    plain = run.lessons.batch
+    monkeypatch.setattr(run.lessons, "batch", lambda *args: drawn.append(args[2]) or plain(*args))
+    for seed in range(6):
+        run.loss(random.Random(seed))
+    assert len(set(drawn)) > 2
+    assert all(10 <= n <= 20 for n in drawn)
+
+
+@pytest.mark.parametrize(("room", "n_asked"), [(10**9, 1), (0, 3)])
+def test_the_teacher_is_asked_once_about_what_there_is_room_for(folder, audio, monkeypatch, room, n_asked):
+    lessons = Lessons(Corpus([Source(audio)], 80), model.load(str(folder / prune.TEACHER)))
+    answers, asked = Answers(lessons, room), []
+    plain = answers._ask
+    monkeypatch.setattr(answers, "_ask", lambda clips: asked.extend(clips) or plain(clips))
+    batch = lessons.held_out()[0]
+    first, again = answers.frames(batch), answers.frames(batch)
+    answers.hidden(batch)
+    assert len(asked) == n_asked * len(batch.clips)
+    assert torch.equal(first, again)
