@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -238,6 +239,22 @@ def test_no_microphone(real_bundle, tmp_path, pyaudio, reason):
 
 
 # recipes and checkpoints
+
+
+def test_a_build_that_is_told_to_end_tidies_up(tmp_path, folder):
+    recipe = tmp_path / "toy.toml"
+    stages = "".join(f'[[stages]]\nstage = "{name}"\n' for name in ("export", "quantise"))
+    package = '[[stages]]\nstage = "package"\nsilence_frames = { default = 64 }\n'
+    recipe.write_text(f'source = "{folder}"\n{stages}{package}')
+    out = tmp_path / "build"
+    program = Path(sys.executable).with_name("whisperlet-convert")
+    with subprocess.Popen([program, "build", recipe, "--out", out], stdout=subprocess.DEVNULL) as build:
+        deadline_s = time.monotonic() + 60
+        while not list(out.glob(".work-*/*")) and time.monotonic() < deadline_s:  # what it works on lies there
+            time.sleep(0.05)
+        build.terminate()
+    assert build.returncode in {1, 130}
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize(
