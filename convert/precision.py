@@ -22,5 +22,4 @@ def processor_precision() -> torch.dtype:
 
 def autocast() -> torch.autocast:
     """Products in the processor's own format, as a context."""
-    dtype = processor_precision()
-    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=processor_precision() == torch.bfloat16)
