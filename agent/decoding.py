@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from whisperlet.audio import Float32
+from whisperlet.audio import SAMPLE_RATE, Float32
 from whisperlet.bundle import Vocabulary
 
 from .guess import Guess
@@ -15,6 +15,8 @@ from .preference import Preference
 from .reader import Decoder, Reader
 from .terms import Terms
 
+TOKENS_PER_SECOND = 25  # no language that Whisper spells byte by byte is spoken faster
+MIN_TOKENS = 16
 MAX_PERIOD = 64  # tokens, a long sentence; a loop that is longer than this ends at the token limit
 MIN_REPEATED = 12  # tokens that a loop must fill ...
 MIN_REPEATS = 3  # ... and times that it must come round, before it counts as one
@@ -28,6 +30,11 @@ class Hypothesis(msgspec.Struct, frozen=True):
     no_speech_prob: float
     looped: bool  # a repetition was cut
     looks: list[int] = []  # frames that the tokens looked at
+
+
+def most_tokens(n_samples: int) -> int:
+    """How many tokens so much audio can hold."""
+    return MIN_TOKENS + TOKENS_PER_SECOND * n_samples // SAMPLE_RATE
 
 
 def best_language(logits: Float32, vocabulary: Vocabulary) -> tuple[str, float]:

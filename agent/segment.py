@@ -49,6 +49,8 @@ class Stretch(msgspec.Struct, frozen=True):
 
     def is_misheard(self, hypothesis: Hypothesis, config: RecogniserConfig) -> bool:
         """Whether words are missing or doubled, and it is worth another look: what is withheld is not."""
+        if self.said and not hypothesis.tokens:
+            return True  # the same words again may be taken for an echo
         first, end = self.first // SAMPLES_PER_FRAME, self.end // SAMPLES_PER_FRAME
         is_kept = rejection.reason(hypothesis, config) is None
         return hypothesis.looped or (is_kept and not is_once_through(hypothesis.looks, first, end))

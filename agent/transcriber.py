@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from whisperlet.audio import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, samples, to_float32
+from whisperlet.audio import SAMPLES_PER_FRAME, samples, to_float32
 from whisperlet.bundle import Bundle
 from whisperlet.logmel import MAX_SAMPLES
 from whisperlet.tokenizer import Tokenizer
@@ -27,8 +27,6 @@ from .messages import SpeechChunk, Transcript
 from .segment import NOTHING_HEARD, Before, Heard, Segment, Stretch
 from .terms import Terms
 
-TOKENS_PER_SECOND = 25  # no language that Whisper spells byte by byte is spoken faster
-MIN_TOKENS = 16
 MIN_DETECT_FRAMES = 50  # of speech before its language is judged
 
 
@@ -186,16 +184,14 @@ class Transcriber:
         return attempts.pop().after(attempts)
 
     def _together(self, segment: Segment, end: int) -> list[Heard]:
-        """The segment as what follows the one before it; none if there is none. Astray if nothing seems to follow it."""
+        """The segment as what follows the one before it; none if there is none."""
         before = segment.before
         if before is None or before.language != self.language or len(before.tokens) > self._room // 2:
             return []
         most = windows.joint(self.manifest.cross_frames) - self._silence(self.language)
         if (both := before.together(segment, end, most * SAMPLES_PER_FRAME)) is None:
             return []
-        heard = self._hear(segment, both, self._windows(both)[0])
-        is_echo = not heard.hypothesis.tokens  # the same words again may be taken for one
-        return [msgspec.structs.replace(heard, astray=True) if is_echo else heard]
+        return [self._hear(segment, both, self._windows(both)[0])]
 
     def _hear(self, segment: Segment, stretch: Stretch, n_frames: int) -> Heard:
         """Encode a window with the audio and decode what is new in it, verifying the draft."""
@@ -254,8 +250,7 @@ class Transcriber:
 
     def _token_limit(self, end: int) -> int:
         """How many tokens the audio can hold, within the decoder's context."""
-        by_audio = MIN_TOKENS + TOKENS_PER_SECOND * end // (FRAMES_PER_SECOND * SAMPLES_PER_FRAME)
-        return min(by_audio, self._room)
+        return min(decoding.most_tokens(end), self._room)
 
     def _detect(self) -> str:
         vocabulary = self.manifest.vocabulary
