@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import toy
 from brokers import wait_for
@@ -145,6 +146,16 @@ def test_the_toy_says_what_it_says_in_this_process(toy_path, toy_bundle, litert,
     assert len({final.text for final in expected.values()}) == 3
     assert ear.engine.counters.restarts == 1
     assert any(not t.is_final for t in ear.transcripts)
+    ear.engine.stop()
+
+
+def test_the_engine_has_as_many_threads_as_configured(toy_path, weight_caches):
+    """None of numpy's, which wait awake once they were needed."""
+    ear = Ear(toy_path, weight_caches)
+    ear.engine.start()
+    ear.say(toy.babble(10.0, 1), 1)
+    ear.hear_all(30)
+    assert psutil.Process(ear.engine.pid).num_threads() == RecogniserConfig().threads == 1
     ear.engine.stop()
 
 
