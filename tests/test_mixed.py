@@ -306,3 +306,10 @@ def test_one_recording_is_too_little(recordings, whisper, tmp_path):
     (tmp_path / "one.wav").write_bytes((recordings / "0.wav").read_bytes())
     with pytest.raises(ConfigError, match="two recordings are the least"):
         Search(Quantise(linear="int4", calibration=str(tmp_path)), whisper, toy.VOCABULARY)
+
+
+def test_a_matrix_saves_half_its_codes_and_pays_with_scales(search):
+    for name, packed in search.packed.items():
+        n_rows, n_columns = search.matrices[name].weight.shape
+        blocks = n_rows * n_columns // packed.block
+        assert search.saves(name) == n_rows * n_columns / 2 + 4 * n_rows - 2 * blocks
