@@ -7,9 +7,10 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from whisperlet.errors import ConfigError, WhisperletError
 
 _Stored = TypeVar("_Stored")
 _POLL_S = 0.5
+_WORK = ".work-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded")  # of libraries without an errno
 _LITTLE = 1 << 20  # bytes; a library that fails to write with less than this left has filled the disk
@@ -74,11 +76,8 @@ def sync_entry(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -104,6 +103,39 @@ def locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
                 wait()
                 time.sleep(_POLL_S)
         yield
+
+
+@contextmanager
+def workplace(parent: Path) -> Iterator[Path]:
+    """A folder below `parent` to work in, which goes with the run; one that a killed run has left goes now."""
+    with _opened(parent) as entrance:
+        fcntl.flock(entrance, fcntl.LOCK_EX)  # nobody clears up between a folder's making and its lock
+        for left in parent.glob(f"{_WORK}*"):
+            _clear_up(left)
+        made = tempfile.TemporaryDirectory(prefix=_WORK, dir=parent)
+        mine = os.open(made.name, os.O_RDONLY)
+        fcntl.flock(mine, fcntl.LOCK_EX)
+    try:
+        with made:
+            yield Path(made.name)
+    finally:
+        os.close(mine)
+
+
+def _clear_up(left: Path) -> None:
+    """Remove a folder that no process works in."""
+    with suppress(BlockingIOError, FileNotFoundError), _opened(left) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(left)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def check_room(folder: Path, n_bytes: int, what: str) -> None:

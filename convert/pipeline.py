@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -248,10 +247,10 @@ def started(recipe: Recipe, out: Path, console: Console, what: str) -> Iterator[
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         disk.explained(out, what),
-        tempfile.TemporaryDirectory(prefix=".work-", dir=out) as work,
+        disk.workplace(out) as work,
         Progress(*columns, console=console) as progress,
     ):
-        yield Build(recipe, Path(work), progress)
+        yield Build(recipe, work, progress)
 
 
 def build(recipe: Recipe, out: Path, console: Console) -> Report:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 import soundfile
 import soxr
 
+from convert import disk
 from whisperlet import bundle as bundles
 from whisperlet.audio import SAMPLE_RATE
 
@@ -241,19 +243,39 @@ def test_no_microphone(real_bundle, tmp_path, pyaudio, reason):
 # recipes and checkpoints
 
 
-def test_a_build_that_is_told_to_end_tidies_up(tmp_path, folder):
+@contextmanager
+def building(tmp_path, source, out):
+    """A build of a toy that has begun to work."""
     recipe = tmp_path / "toy.toml"
     stages = "".join(f'[[stages]]\nstage = "{name}"\n' for name in ("export", "quantise"))
     package = '[[stages]]\nstage = "package"\nsilence_frames = { default = 64 }\n'
-    recipe.write_text(f'source = "{folder}"\n{stages}{package}')
-    out = tmp_path / "build"
+    recipe.write_text(f'source = "{source}"\n{stages}{package}')
     program = Path(sys.executable).with_name("whisperlet-convert")
     with subprocess.Popen([program, "build", recipe, "--out", out], stdout=subprocess.DEVNULL) as build:
         deadline_s = time.monotonic() + 60
         while not list(out.glob(".work-*/*")) and time.monotonic() < deadline_s:  # what it works on lies there
             time.sleep(0.05)
+        yield build
+
+
+def test_a_build_that_is_told_to_end_tidies_up(tmp_path, folder):
+    out = tmp_path / "build"
+    with building(tmp_path, folder, out) as build:
         build.terminate()
     assert build.returncode in {1, 130}
+    assert list(out.iterdir()) == []
+
+
+def test_what_a_killed_build_left_goes_with_the_next(tmp_path, folder):
+    out = tmp_path / "build"
+    with building(tmp_path, folder, out) as build:
+        (busy,) = out.glob(".work-*")
+        with disk.workplace(out) as mine:
+            assert set(out.iterdir()) == {busy, mine}  # nobody takes away what is worked on
+        build.kill()
+    assert list(out.iterdir()) == [busy]
+    with disk.workplace(out) as mine:
+        assert list(out.iterdir()) == [mine]
     assert list(out.iterdir()) == []
 
 
