@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 
 import pytest
@@ -185,27 +186,40 @@ def test_user_and_folders_are_what_systemd_understands(tmp_path):
     assert re.search(r"(?i)whisperlet agent", done.stdout + done.stderr)
     for name in ("whisperlet.conf", "whisperlet-board.conf"):
         for line in (tmp_path / "usr/lib/tmpfiles.d" / name).read_text().splitlines():
-            assert re.fullmatch(r"#.*|[dzw] /\S+ (\d{4}|-) (root|-) (whisperlet|-) - \S+", line), line
+            assert re.fullmatch(r"#.*|[dezw] /\S+ (\d{4}|-) (root|whisperlet|-) (whisperlet|-) \S+( \S+)?", line), line
+
+
+def tmpfiles(root, what):
+    """Run systemd-tmpfiles on a folder in which a Raspberry Pi 5's files were installed."""
+    make("install-device", root, "raspberry-pi-5")
+    (root / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\nwhisperlet:x:990:990::/:/bin/sh\n")
+    (root / "etc/group").write_text("root:x:0:\nwhisperlet:x:990:\n")
+    names = ["whisperlet.conf", "whisperlet-board.conf"]
+    command = [program("systemd-tmpfiles"), what, f"--root={root}", *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other users")
 def test_folders_are_made_and_the_governor_is_set(tmp_path):
-    make("install-device", tmp_path, "raspberry-pi-5")
-    (tmp_path / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\nwhisperlet:x:990:990::/:/bin/sh\n")
-    (tmp_path / "etc/group").write_text("root:x:0:\nwhisperlet:x:990:\n")
     governor = tmp_path / "sys/devices/system/cpu/cpufreq/policy0/scaling_governor"
     governor.parent.mkdir(parents=True)
     governor.touch()
-    done = subprocess.run(
-        [program("systemd-tmpfiles"), "--create", f"--root={tmp_path}", "whisperlet.conf", "whisperlet-board.conf"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    tmpfiles(tmp_path, "--create")
     assert governor.read_text().strip() == "schedutil"
     etc = (tmp_path / "etc/whisperlet").stat()
     assert (stat.S_IMODE(etc.st_mode), etc.st_gid) == (0o750, 990)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other users")
+def test_weights_of_bundles_of_long_ago_go(tmp_path):
+    cache = tmp_path / "var/cache/whisperlet"
+    cache.mkdir(parents=True)
+    for name, age_days in (("old.xnnpack", 31), ("read.xnnpack", 29)):
+        (cache / name).touch()
+        os.utime(cache / name, (time.time() - 86_400 * age_days, time.time() - 86_400 * 400))  # read, written
+    tmpfiles(tmp_path, "--clean")
+    assert [path.name for path in cache.iterdir()] == ["read.xnnpack"]
 
 
 def test_the_board_table_says_what_the_files_say():
