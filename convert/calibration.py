@@ -16,12 +16,11 @@ from whisperlet.bundle import Vocabulary
 from whisperlet.logmel import log_mel
 
 from .fold import FoldedWhisper, normalise
-from .graphs import inverse_timescales, positions
+from .graphs import MASKED, inverse_timescales, positions
 
 Matrix = nn.Linear | nn.Embedding
 SILENCE = 128  # frames after the speech, as the recipes for English have it
 MAX_TOKENS = 200
-MASKED = -1e9
 
 
 @dataclass(frozen=True)

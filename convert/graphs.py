@@ -18,6 +18,7 @@ from .fold import FoldedWhisper, normalise
 from .recipe import Export
 
 MAX_WAVELENGTH = 10_000.0
+MASKED = -1e9  # a score that leaves no weight
 
 
 def inverse_timescales(d_model: int) -> Tensor:

@@ -22,7 +22,7 @@ from whisperlet.logmel import log_mel
 
 from . import mixed
 from .fold import FoldedWhisper
-from .graphs import Decode, Encode, Module, Stream, by_layer, signatures
+from .graphs import MASKED, Decode, Encode, Module, Stream, by_layer, signatures
 from .int4 import Packed
 from .recipe import Export
 
@@ -96,7 +96,7 @@ class Probe:
 
     def _at(self, position: int, ids: list[int]) -> dict[str, torch.Tensor]:
         """Tokens from `position` on, each of which sees itself and all before it."""
-        mask = torch.full((len(ids), self.dims.n_text_ctx), -1e9).triu(position + 1)
+        mask = torch.full((len(ids), self.dims.n_text_ctx), MASKED).triu(position + 1)
         tokens, first = (torch.tensor(value, dtype=torch.int32) for value in ([ids], [position]))
         return {"tokens": tokens, "position": first, "self_mask": mask}
 
@@ -104,7 +104,7 @@ class Probe:
         """A step after one that was committed."""
         spec = module.spec
         mel = torch.nn.functional.pad(self.mel(spec.chunk + spec.width + 1), (0, 0, 2, 0))
-        mask = torch.full((1, spec.context + spec.width), -1e9)
+        mask = torch.full((1, spec.context + spec.width), MASKED)
         mask[:, spec.context :] = 0.0
         first = {**module.examples(), "mel": mel[:, : 2 * spec.width + 3], "mask": mask}
         committed = module(**first)
