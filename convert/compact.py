@@ -90,7 +90,8 @@ def _share_buffers(model: Any, contents: list[bytes]) -> None:
     for tensor in _tensors(model):
         tensor.buffer = same[tensor.buffer]
     for i in set(range(len(contents))) - {tensor.buffer for tensor in _tensors(model)}:
-        contents[i], model.buffers[i].data = b"", None
+        contents[i] = b""
+        model.buffers[i].data, model.buffers[i].offset, model.buffers[i].size = None, 0, 0
 
 
 def _share_quantisation(model: Any) -> None:

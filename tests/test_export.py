@@ -1,5 +1,6 @@
 """The files that a build passes through: float, quantised, compacted. Each must compute what the one before it did."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -250,6 +251,20 @@ def test_buffers_are_aligned_and_apart(flat, toy_bundle):
 def test_compacting_again_changes_nothing(toy_path, toy_bundle, tmp_path):
     compact.compact([toy_path], tmp_path / "again")
     assert (tmp_path / "again").stat().st_size == toy_bundle.manifest.model_bytes
+
+
+def test_what_no_tensor_refers_to_has_no_place(toy_path, tmp_path):
+    def let_go(model, contents):
+        largest = max(range(len(contents)), key=lambda i: len(contents[i]))
+        for tensor in compact._tensors(model):
+            tensor.buffer = 0 if tensor.buffer == largest else tensor.buffer
+
+    compact.compact([toy_path], tmp_path / "less", let_go)
+    data = (tmp_path / "less").read_bytes()
+    buffers = schema.ModelT.InitFromPackedBuf(data, 0).buffers
+    held = sorted((buffer.offset, buffer.size) for buffer in buffers if buffer.offset)
+    assert all(offset + size <= later for (offset, size), (later, _) in itertools.pairwise(held))
+    assert sum(held[-1]) == len(data)
 
 
 def test_the_report_of_the_build(toy_folder, toy_bundle):
