@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from .distil import Record
-from .inspection import Contents
-from .mixed import Precision
-from .onnx_export import OnnxParity
-from .pipeline import Report
-from .stages import StageReport
+if TYPE_CHECKING:  # PyTorch takes seconds to load, which `inspect` has no use for
+    from .distil import Record
+    from .inspection import Contents
+    from .mixed import Precision
+    from .onnx_export import OnnxParity
+    from .pipeline import Report
+    from .stages import StageReport
 
 CONSOLE = Console()
 BARS = Console(stderr=True)

@@ -130,6 +130,11 @@ def test_the_service_loads_nothing_that_makes_output_beautiful():
     assert not loaded_by("agent.__main__, agent.pipeline, agent.worker") & {"typer", "click", "pydantic", "rich"}
 
 
+def test_a_bundle_is_looked_into_without_what_makes_one():
+    """It would take seconds to load."""
+    assert not loaded_by("convert.__main__, convert.inspection, convert.tables") & {"torch", "transformers"}
+
+
 @pytest.mark.parametrize("module", sorted(path.stem for path in (REPOSITORY / "whisperlet").glob("*.py")))
 def test_the_shared_part_loads_neither_side(module):
     assert not loaded_by(f"whisperlet.{module}") & (WORKSTATION | {"agent", "ai_edge_litert", "tflite_runtime"})
