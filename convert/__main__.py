@@ -41,11 +41,13 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder for the bundle and its report.")] = Path("build"),
 ) -> None:
     """Turn a checkpoint into one .tflite bundle."""
-    from . import pipeline, tables
     from . import recipe as recipes
 
+    wanted = recipes.load(recipe)  # a wrong name is told before PyTorch is loaded
+    from . import pipeline, tables
+
     console = pipeline.own_console()
-    report = pipeline.build(recipes.load(recipe), out, console)
+    report = pipeline.build(wanted, out, console)
     tables.show_report(report, console)
 
 
