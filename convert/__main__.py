@@ -62,13 +62,15 @@ def onnx(
     ] = Exporter.onnx,
 ) -> None:
     """Write encoder and decoder of a recipe as ONNX, float32, compared with PyTorch on onnxruntime."""
-    from . import artefacts, pipeline, tables
     from . import recipe as recipes
+
+    wanted = recipes.load(recipe)  # as in `build`
+    from . import artefacts, pipeline, tables
     from .onnx_export import Shapes
 
     console = pipeline.own_console()
     shapes = Shapes(n_frames=frames, n_tokens=tokens)
-    rows = artefacts.make(recipes.load(recipe), shapes, out, console, second=exporter is Exporter.onnx2tf)
+    rows = artefacts.make(wanted, shapes, out, console, second=exporter is Exporter.onnx2tf)
     tables.show_onnx(rows, console)
 
 

@@ -123,15 +123,15 @@ def workplace(parent: Path) -> Iterator[Path]:
 
 
 def _clear_up(left: Path) -> None:
-    """Remove a folder that no process works in."""
-    with suppress(BlockingIOError, FileNotFoundError), _opened(left) as descriptor:
+    """Remove a folder that no process works in; another user's stays."""
+    with suppress(BlockingIOError, FileNotFoundError, PermissionError), _opened(left) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(left)
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         yield descriptor
     finally:

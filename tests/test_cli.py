@@ -247,9 +247,7 @@ def test_no_microphone(real_bundle, tmp_path, pyaudio, reason):
 def building(tmp_path, source, out):
     """A build of a toy that has begun to work."""
     recipe = tmp_path / "toy.toml"
-    stages = "".join(f'[[stages]]\nstage = "{name}"\n' for name in ("export", "quantise"))
-    package = '[[stages]]\nstage = "package"\nsilence_frames = { default = 64 }\n'
-    recipe.write_text(f'source = "{source}"\n{stages}{package}')
+    recipe.write_text(RECIPE.format(source=source))
     program = Path(sys.executable).with_name("whisperlet-convert")
     with subprocess.Popen([program, "build", recipe, "--out", out], stdout=subprocess.DEVNULL) as build:
         deadline_s = time.monotonic() + 60

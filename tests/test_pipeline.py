@@ -73,12 +73,9 @@ def test_words_arrive_while_and_after_they_are_spoken(run, broker, clips):
         agent = run(named(clips, "61-70968-0000"), "--pace")
         assert agent.wait(60) == 0
         states = wait_for(lambda: [s["state"] for s in heard.on("status")][-1:] == ["offline"] and heard.on("status"))
+        # A slow engine is told in a status of its own, with the microphone as before.
         microphone = [state["condition"] and state["condition"]["microphone"] for state in states]
-        assert [m for m, _ in itertools.groupby(microphone)] == [
-            "starting",
-            "listening",
-            None,
-        ]  # a slow engine is told too
+        assert [m for m, _ in itertools.groupby(microphone)] == ["starting", "listening", None]
         finals, partials, telemetry = (
             heard.on("transcript/final"),
             heard.on("transcript/partial"),
